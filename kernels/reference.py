@@ -1,0 +1,195 @@
+"""The ReCo loss in plain PyTorch, twice, each with the signature of the fused kernel in `relation_loss.py`.
+
+`reco_loss_torch` is the definition: every formula as the paper states it, with N×K logits in memory.
+`reco_loss_sdpa` needs no custom kernel and no N×K matrix: with unit rows, each product with a memory bank is an
+attention whose keys and values are the bank, so PyTorch's own attention kernels return all that is needed.
+
+Source of the objective: Zhang et al., arXiv 2211.01796, section 3; temperatures as in the first author's code.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class ReCoLossOutput(NamedTuple):
+    """Means over the batch, 0-d float32. Only `total` carries a gradient."""
+
+    total: Tensor
+    instance: Tensor
+    global_relation: Tensor
+    local_relation: Tensor
+    teacher_entropy: Tensor
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows of `x` [N, D] at length 1, in float32. A zero row stays zero and gets a zero gradient."""
+    x = x.float()
+    square = (x * x).sum(dim=-1, keepdim=True)
+    nonzero = square > 0
+    # The inner `where` keeps rsqrt's infinite slope at 0 out of the backward pass (0 · inf is NaN).
+    return x * torch.where(nonzero, torch.where(nonzero, square, 1.0).rsqrt(), 0.0)
+
+
+def mix_target(query: Tensor, key: Tensor, permutation: Tensor, mix_ratio: float | Tensor, anchor: str) -> Tensor:
+    """`stopgrad(unit(λ·a + (1−λ)·k[π]))` for unit rows [N, D], with a = q (`anchor="query"`) or k (`"key"`)."""
+    ratio = mix_ratio[:, None] if isinstance(mix_ratio, Tensor) and mix_ratio.dim() == 1 else mix_ratio
+    own = query if anchor == "query" else key
+    return unit(ratio * own + (1 - ratio) * key[permutation]).detach()
+
+
+def reco_loss_torch(
+    query: Tensor,
+    query_mix: Tensor,
+    key: Tensor,
+    key_weak: Tensor,
+    bank: Tensor,
+    bank_weak: Tensor,
+    permutation: Tensor,
+    mix_ratio: float | Tensor,
+    *,
+    temperature: float,
+    student_temperature: float,
+    teacher_temperature: float,
+    global_weight: float | Tensor,
+    local_weight: float | Tensor,
+    mix_anchor: str,
+) -> ReCoLossOutput:
+    """The definition. Arguments as in `reco_fast.reco_loss`; holds four [N, K] matrices and their gradients."""
+    q, k = unit(query), unit(key).detach()
+    bank, bank_weak = bank.float(), bank_weak.float()
+    positive_is_first = torch.zeros(len(q), dtype=torch.long, device=q.device)
+    global_relation, local_relation, teacher_entropy = q.new_zeros(3).unbind()
+
+    def against_bank(x: Tensor, target: Tensor) -> Tensor:
+        logits = torch.cat([(x * target).sum(dim=-1, keepdim=True), x @ bank.T], dim=1)
+        return F.cross_entropy(logits / temperature, positive_is_first)
+
+    instance = against_bank(q, k)
+    if not is_off(global_weight):
+        teacher = torch.softmax(unit(key_weak).detach() @ bank_weak.T / teacher_temperature, dim=1)
+        student = torch.log_softmax(q @ bank_weak.T / student_temperature, dim=1)
+        global_relation = -(teacher * student).sum(dim=1).mean()
+        teacher_entropy = torch.special.entr(teacher).sum(dim=1).mean()
+    if not is_off(local_weight):
+        local_relation = against_bank(unit(query_mix), mix_target(q, k, permutation, mix_ratio, mix_anchor))
+    total = instance + global_weight * global_relation + local_weight * local_relation
+    parts = (instance, global_relation, local_relation, teacher_entropy)
+    return ReCoLossOutput(total, *(part.detach() for part in parts))
+
+
+def reco_loss_sdpa(
+    query: Tensor,
+    query_mix: Tensor,
+    key: Tensor,
+    key_weak: Tensor,
+    bank: Tensor,
+    bank_weak: Tensor,
+    permutation: Tensor,
+    mix_ratio: float | Tensor,
+    *,
+    temperature: float,
+    student_temperature: float,
+    teacher_temperature: float,
+    global_weight: float | Tensor,
+    local_weight: float | Tensor,
+    mix_anchor: str,
+) -> ReCoLossOutput:
+    """The same numbers from PyTorch's attention kernels, in O(N·D·splits) memory. Arguments as in `reco_loss`.
+
+    Rows are rounded to the bank's dtype before the products, as every mixed-precision matrix product would.
+    """
+    q, k = unit(query), unit(key).detach()
+    global_relation, local_relation, teacher_entropy = q.new_zeros(3).unbind()
+
+    def against_bank(x: Tensor, target: Tensor) -> Tensor:
+        # cross-entropy of [x·t, x·Bankᵀ]/τ with the positive first = softplus(lse_negatives − positive)
+        negatives, _ = bank_attention(x, bank, temperature)
+        return F.softplus(negatives - (x * target).sum(dim=-1) / temperature).mean()
+
+    instance = against_bank(q, k)
+    if not is_off(global_weight):
+        k_weak = unit(key_weak).detach()
+        lse_teacher, teacher_mean = bank_attention(k_weak, bank_weak, teacher_temperature)
+        lse_student, _ = bank_attention(q, bank_weak, student_temperature)
+        # −Σ_j p_j log s_j = lse_s − ⟨q, Σ_j p_j b_j⟩/τ_s, and the teacher's entropy likewise with itself
+        global_relation = (lse_student - (q * teacher_mean).sum(dim=-1) / student_temperature).mean()
+        teacher_entropy = (lse_teacher - (k_weak * teacher_mean).sum(dim=-1) / teacher_temperature).mean()
+    if not is_off(local_weight):
+        local_relation = against_bank(unit(query_mix), mix_target(q, k, permutation, mix_ratio, mix_anchor))
+    total = instance + global_weight * global_relation + local_weight * local_relation
+    parts = (instance, global_relation, local_relation, teacher_entropy)
+    return ReCoLossOutput(total, *(part.detach() for part in parts))
+
+
+def is_off(weight: float | Tensor) -> bool:
+    """Whether a term does no work. A tensor weight is never looked at: that would synchronise the device."""
+    return not isinstance(weight, Tensor) and weight == 0
+
+
+def bank_attention(x: Tensor, bank: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp [N] of `x·Bankᵀ/τ`, and `softmax(x·Bankᵀ/τ)·Bank` [N, D], both float32.
+
+    The log-sum-exp is differentiable in `x` (its gradient is the second output over τ); the second output is not.
+    """
+    lse, mean = _BankAttention.apply(x, bank, temperature)
+    return lse, mean
+
+
+class _BankAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, bank: Tensor, temperature: float) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+        lse, mean = _attend_in_splits(x.detach().to(bank.dtype), bank, 1 / temperature)
+        ctx.save_for_backward(mean)
+        ctx.scale = 1 / temperature
+        ctx.mark_non_differentiable(mean)
+        return lse, mean
+
+    @staticmethod
+    def backward(ctx, grad_lse: Tensor, _: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+        (mean,) = ctx.saved_tensors
+        return mean * (grad_lse * ctx.scale)[:, None], None, None
+
+
+def _attend_in_splits(x: Tensor, bank: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of `x` [N, D] over `bank` [K, D], the bank cut into splits that ride in the batch dimension.
+
+    N is small and K large, so on a GPU only the splits give every multiprocessor work (flash-decoding).
+    """
+    length = len(bank)
+    splits = _split_count(len(x), length, x.device)
+    body = length - length % splits
+    parts = [_attend(x.expand(splits, *x.shape), bank[:body].view(splits, body // splits, -1), scale)]
+    if body < length:
+        parts.append(_attend(x[None], bank[None, body:], scale))
+    lse = torch.cat([part_lse for part_lse, _ in parts])
+    mean = torch.cat([part_mean for _, part_mean in parts])
+    if len(lse) == 1:
+        return lse[0], mean[0]
+    total = torch.logsumexp(lse, dim=0)
+    return total, ((lse - total).exp()[..., None] * mean).sum(dim=0)
+
+
+def _split_count(rows: int, length: int, device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    # About two 128-row tiles for each multiprocessor, and no split shorter than 512 bank rows.
+    wanted = 2 * torch.cuda.get_device_properties(device).multi_processor_count // max(1, -(-rows // 128))
+    return max(1, min(wanted, length // 512))
+
+
+def _attend(x: Tensor, bank: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """PyTorch's attention kernel that also returns the log-sum-exp. `x` [S, N, D], `bank` [S, K, D]."""
+    rows = x.shape[1]
+    width = x.shape[2]
+    pad = -width % 8  # the CUDA kernels want rows of whole 16-byte words
+    x, bank = F.pad(x, (0, pad))[:, None], F.pad(bank, (0, pad))[:, None]
+    if x.device.type != "cuda":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(x, bank, bank, scale=scale)
+    elif x.dtype == torch.float32:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(x, bank, bank, None, True, scale=scale)
+    else:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(x, bank, bank, scale=scale)
+    return lse.view(len(x), -1)[:, :rows].float(), out[:, 0, :, :width].float()

@@ -1,0 +1,45 @@
+"""Packaging. The four code folders are one import package, `reco_fast`: nothing may collide with the `kernels`
+distribution on PyPI or with the standard library's `profiling` (Python 3.15)."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+TEST = ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6", "matplotlib>=3.8", "ruff>=0.12", "mypy>=1.15"]
+
+setup(
+    name="reco-fast",
+    version="0.1.0",
+    description="A fast, mixed-precision trainer for relation-aware contrastive learning (ReCo)",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=["reco_fast", "reco_fast.kernels", "reco_fast.pipelines", "reco_fast.profiling"],
+    package_dir={
+        "reco_fast.kernels": "kernels",
+        "reco_fast.pipelines": "pipelines",
+        "reco_fast.profiling": "profiling",
+    },
+    package_data={"reco_fast": ["py.typed"]},
+    install_requires=[
+        "torch>=2.11",
+        "torchvision>=0.26",
+        "triton>=3.6; platform_system == 'Linux'",
+        "timm>=1.0.15",
+        "numpy>=1.26",
+        "pillow>=10",
+        "rich>=13.7",
+        "safetensors>=0.5",
+        "scikit-learn>=1.4",
+        "tensorboard>=2.16",
+        "tyro>=1.0",
+    ],
+    extras_require={
+        "dali": ["nvidia-dali-cuda130>=2.0"],
+        "dali-cuda12": ["nvidia-dali-cuda120>=2.0"],
+        "profile": ["torch-tb-profiler>=0.4.3"],
+        "test": TEST,
+    },
+    entry_points={"console_scripts": ["reco-fast = reco_fast.train:main"]},
+)
