@@ -1,0 +1,120 @@
+"""Checkpoints: one safetensors file each, tensors by name and the rest as JSON in its header. Nothing is unpickled."""
+
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from reco_fast.config import ConfigError
+from reco_fast.state import TrainState
+
+FORMAT = 1
+KEEP = 2  # the newest, and the one before it should the newest turn out unreadable
+
+
+def save(state: TrainState, directory: Path, *, progress: dict[str, Any]) -> Path:
+    """Write `step-<n>.safetensors` under a temporary name, flush it to disk, rename it, drop old ones.
+
+    `progress` is JSON that the trainer gets back from `load`.
+    """
+    tensors = {name: t.detach().to("cpu").contiguous() for name, t in _tensors(state).items()}
+    header = {
+        "format": FORMAT,
+        "step": state.step,
+        "scaler": state.scaler.state_dict(),
+        "progress": progress,
+        "crc32": _crc32(tensors),
+    }
+    path = directory / f"step-{state.step:09d}.safetensors"
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary, metadata={"reco_fast": json.dumps(header)})
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    for old in sorted(directory.glob("step-*.safetensors"))[:-KEEP]:
+        old.unlink()
+    return path
+
+
+def latest(directory: Path) -> Path | None:
+    """The newest checkpoint of a run, by step."""
+    return max(directory.glob("step-*.safetensors"), default=None)
+
+
+def load(path: Path, state: TrainState) -> dict[str, Any]:
+    """Put the checkpoint into `state` and return the saved `progress`.
+
+    Raises ConfigError, with `state` untouched, where the file is damaged or belongs to another model.
+    """
+    tensors, header = read(path)
+    expected = _tensors(state, with_momentum=False)
+    momentum = {f"optimizer.{name}": p for name, p in state.student.named_parameters()}
+    for name, value in {**expected, **{n: p for n, p in momentum.items() if n in tensors}}.items():
+        if name not in tensors or tensors[name].shape != value.shape or tensors[name].dtype != value.dtype:
+            found = f"{tensors[name].dtype} {list(tensors[name].shape)}" if name in tensors else "nothing"
+            raise ConfigError(f"{path}: expected {name} as {value.dtype} {list(value.shape)}, got {found}")
+    with torch.no_grad():
+        for name, value in expected.items():
+            value.copy_(tensors[name])
+        for name, parameter in momentum.items():
+            if name in tensors:
+                buffer = torch.empty_like(parameter).copy_(tensors[name])
+                state.optimizer.state[parameter]["momentum_buffer"] = buffer
+    state.scaler.load_state_dict(header["scaler"])
+    state.step = int(header["step"])
+    return header["progress"]
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All tensors of a checkpoint, on the CPU, and its header. Raises ConfigError for a file that is not whole."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("reco_fast", "null"))
+            if not isinstance(header, dict) or header.get("format") != FORMAT:
+                raise ConfigError(f"{path}: expected a reco_fast checkpoint of format {FORMAT}, got another file")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path}: expected a readable checkpoint, got {str(error).splitlines()[0]}") from None
+    if header.get("crc32") != _crc32(tensors):
+        raise ConfigError(f"{path}: expected the checksum written with it, got another; the file is damaged")
+    return tensors, header
+
+
+def load_encoder(path: Path, encoder: nn.Module, which: str) -> None:
+    """Put the `student` or the `teacher` of a checkpoint into `encoder`."""
+    tensors, _ = read(path)
+    prefix = f"{which}."
+    own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    try:
+        encoder.load_state_dict(own)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{path}: expected the {which} of this configuration; {str(error).splitlines()[-1]}"
+        ) from None
+
+
+def _tensors(state: TrainState, with_momentum: bool = True) -> dict[str, Tensor]:
+    named: dict[str, Tensor] = {}
+    for prefix, module in (("student", state.student), ("teacher", state.teacher), ("bank", state.bank)):
+        named |= {f"{prefix}.{name}": value for name, value in module.state_dict().items()}
+    if with_momentum:
+        for name, parameter in state.student.named_parameters():
+            buffer = state.optimizer.state.get(parameter, {}).get("momentum_buffer")
+            if buffer is not None:
+                named[f"optimizer.{name}"] = buffer
+    return named
+
+
+def _crc32(tensors: dict[str, Tensor]) -> int:
+    """Of the tensors' bytes in order of their names."""
+    crc = 0
+    for name in sorted(tensors):
+        value = tensors[name].contiguous().reshape(-1)
+        crc = zlib.crc32(value.view(torch.uint8).numpy(), zlib.crc32(name.encode(), crc))
+    return crc

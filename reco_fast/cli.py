@@ -1,0 +1,97 @@
+"""Command lines: one clear line on stderr and exit 2 for a user's mistake, never a traceback."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
+
+import tyro
+
+from reco_fast.config import ConfigError
+from reco_fast.pipelines.sources import DataError
+
+T = TypeVar("T")
+
+
+def parse(kind: type[T], argv: Sequence[str], *, prog: str, description: str, default: T | None = None) -> T:
+    """`argv` as an instance of the dataclass `kind`. Prints help and exits 0 for `--help`.
+
+    Raises ConfigError in one line: an unknown flag with the nearest right one, a bad value with what is allowed.
+    """
+    arguments = _without_tristate(argv)
+    known = sorted(_flags(kind))
+    for argument in arguments:
+        name = argument.split("=")[0].replace("_", "-")
+        if argument.startswith("--") and name not in known and name != "--help":
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]}?" if close else "--help lists them"
+            raise ConfigError(f"{argument.split('=')[0]}: unknown flag; {hint}")
+    printed = io.StringIO()
+    options: dict[str, Any] = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(kind, args=arguments, prog=prog, description=description, **options)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise ConfigError(_one_line(printed.getvalue())) from None
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Call `main` and exit with its status; 2 with one line on stderr (of rank 0) for a user's mistake."""
+    try:
+        code = main() or 0
+    except (ConfigError, DataError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        code = 2
+    except BrokenPipeError:  # the reader of our output went away (`... | head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
+
+
+def _flags(kind: Any, prefix: str = "") -> set[str]:
+    names = set()
+    for field in dataclasses.fields(kind):
+        inner = field.default_factory if dataclasses.is_dataclass(field.default_factory) else None
+        dashed = field.name.replace("_", "-")
+        if inner is not None:
+            names |= _flags(inner, f"{prefix}{dashed}.")
+        else:
+            names.add(f"--{prefix}{dashed}")
+            if field.type in (bool, "bool"):
+                names.add(f"--{prefix}no-{dashed}")
+    return names
+
+
+def _without_tristate(argv: Sequence[str]) -> list[str]:
+    """`--train.compile` and `--train.no-compile` as flags, though the field has a third state, "not said"."""
+    arguments = []
+    for index, argument in enumerate(argv):
+        following = argv[index + 1] if index + 1 < len(argv) else ""
+        if argument == "--train.compile" and following not in ("True", "False", "None"):
+            arguments += ["--train.compile", "True"]
+        elif argument == "--train.no-compile":
+            arguments += ["--train.compile", "False"]
+        else:
+            arguments.append(argument)
+    return arguments
+
+
+def _one_line(box: str) -> str:
+    """The first paragraph of tyro's framed message."""
+    lines = [re.sub(r"^│\s?|\s*│$", "", line).strip() for line in box.splitlines()]
+    text = []
+    for line in lines:
+        if line.startswith(("╭", "╰")):
+            continue
+        if line.startswith("──"):
+            break
+        text.append(line)
+    return " ".join(text).removeprefix("Error parsing ") or "the command line could not be read; see --help"

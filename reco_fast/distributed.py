@@ -1,0 +1,67 @@
+"""One process or many: the few collectives that the trainer needs, each a no-op for one process."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Join the group that `torchrun` describes in the environment, if there is more than one process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    if device.type == "cuda":
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_gather(rows: Tensor) -> Tensor:
+    """`rows` [n, ...] of all ranks in rank order, [world·n, ...]. No gradient flows back."""
+    if world_size() == 1:
+        return rows
+    gathered = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
+    dist.all_gather_into_tensor(gathered, rows.detach().contiguous())
+    return gathered
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """`value` summed over ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def first_rank_first(work: Callable[[], T]) -> T:
+    """Call `work` on rank 0, then on the others, which find what it left (a cache)."""
+    if rank() != 0:
+        barrier()
+    result = work()
+    if rank() == 0:
+        barrier()
+    return result
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()

@@ -1,0 +1,38 @@
+"""The two memory banks: first-in-first-out rings of past teacher embeddings, on the device, without a sync."""
+
+import torch
+from torch import Tensor, nn
+
+
+class MemoryBank(nn.Module):
+    """`keys` [K, D] of strong views and `weak_keys` [K, D] of weak ones, filled together.
+
+    Rows start as random unit vectors (MoCo). The write position lives on the device, so enqueueing never waits.
+    Nothing here is a parameter and no rank ever broadcasts it: equal seeds and equal enqueues keep ranks equal.
+    """
+
+    keys: Tensor
+    weak_keys: Tensor
+    position: Tensor
+
+    def __init__(self, size: int, dim: int, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        for name in ("keys", "weak_keys"):
+            rows = nn.functional.normalize(torch.randn(size, dim, generator=generator))
+            self.register_buffer(name, rows.to(dtype))
+        self.register_buffer("position", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor, weak_keys: Tensor | None = None) -> None:
+        """Overwrite the oldest rows by unit rows [n, D], any n. Of more than K rows the last K stay.
+
+        Without `weak_keys` that bank keeps its rows (nothing reads it then).
+        """
+        size, count = len(self.keys), len(keys)
+        skipped = max(0, count - size)
+        where = (self.position + torch.arange(skipped, count, device=keys.device)) % size
+        self.keys.index_copy_(0, where, keys[skipped:].to(self.keys.dtype))
+        if weak_keys is not None:
+            self.weak_keys.index_copy_(0, where, weak_keys[skipped:].to(self.weak_keys.dtype))
+        self.position.add_(count).remainder_(size)

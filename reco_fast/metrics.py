@@ -1,0 +1,164 @@
+"""What a run reports: metrics.jsonl, TensorBoard, and a progress bar or plain lines."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+
+class Meter:
+    """Images a second and the share of the time spent waiting for data, between two readings.
+
+    `images` and `seconds` are the sums over all readings.
+    """
+
+    def __init__(self) -> None:
+        self.images = 0
+        self.seconds = 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the time since the last reading: an evaluation or a checkpoint is not training."""
+        self._start = time.perf_counter()
+        self._new_images = 0
+        self._waited = 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    def add(self, images: int) -> None:
+        self._new_images += images
+
+    def read(self) -> tuple[float, float]:
+        """Images/s and data-wait share since the last reading, and start anew."""
+        seconds = time.perf_counter() - self._start
+        images, waited = self._new_images, self._waited
+        self.images += images
+        self.seconds += seconds
+        self.restart()
+        return images / seconds, waited / seconds
+
+
+class RunLog:
+    """Writes to a run folder; without one (ranks other than 0) every call does nothing.
+
+    Use as a context manager: the progress bar needs closing.
+    """
+
+    def __init__(self, directory: Path | None, *, total_steps: int, first_step: int) -> None:
+        self._directory = directory
+        if directory is None:
+            return
+        _drop_lines_after(directory / "metrics.jsonl", first_step)
+        self._file = open(directory / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
+        self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step or None)
+        self._progress: Progress | None = None
+        if sys.stdout.isatty():
+            self._progress = Progress(
+                TextColumn("[bold]step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.fields[status]}"),
+                TimeRemainingColumn(),
+            )
+            self._task = self._progress.add_task("train", total=total_steps, completed=first_step, status="")
+
+    def __enter__(self) -> "RunLog":
+        if self._directory is not None and self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._directory is not None:
+            if self._progress is not None:
+                self._progress.stop()
+            self._tensorboard.close()
+            self._file.close()
+
+    def say(self, line: str) -> None:
+        """A line for the person who watches."""
+        if self._directory is not None:
+            if self._progress is not None:
+                self._progress.console.print(line, markup=False, highlight=False)
+            else:
+                print(line, flush=True)
+
+    def advance(self, step: int) -> None:
+        if self._directory is not None and self._progress is not None:
+            self._progress.update(self._task, completed=step)
+
+    def train(self, values: dict[str, Any]) -> None:
+        """One line of `kind` train; `values` starts with step and epoch."""
+        if self._directory is None:
+            return
+        self._write({"kind": "train", **values})
+        for name, value in values.items():
+            if name not in ("step", "epoch"):
+                self._tensorboard.add_scalar(f"train/{name}", value, values["step"])
+        status = (
+            f"loss {values['loss']:.3f}  {values['images_per_second']:.0f} img/s  "
+            f"data wait {100 * values['data_wait_fraction']:.0f} %"
+        )
+        if self._progress is not None:
+            self._progress.update(self._task, completed=values["step"], status=status)
+        else:
+            self.say(f"step {values['step']}  epoch {values['epoch']:.2f}  {status}  lr {values['lr']:.4f}")
+
+    def evaluation(self, step: int, epoch: float, knn_top1: float | None) -> None:
+        if self._directory is None:
+            return
+        self._write({"kind": "eval", "step": step, "epoch": epoch, "knn_top1": knn_top1})
+        if knn_top1 is not None:
+            self._tensorboard.add_scalar("eval/knn_top1", knn_top1, step)
+            self.say(f"epoch {epoch:g}: kNN top-1 {knn_top1:.1f} %")
+
+    def end(self, values: dict[str, Any]) -> None:
+        if self._directory is not None:
+            self._write({"kind": "end", **values})
+
+    def bad_images(self, reasons: Mapping[str, str]) -> None:
+        """List what could not be decoded in bad_images.txt; nothing where all was good."""
+        if self._directory is None or not reasons:
+            return
+        lines = [f"{name}\t{reason}\n" for name, reason in sorted(reasons.items())]
+        (self._directory / "bad_images.txt").write_text("".join(lines), encoding="utf-8")
+        self.say(f"{len(reasons)} images could not be decoded and were replaced: {self._directory / 'bad_images.txt'}")
+
+    def views(self, grid: Tensor) -> None:
+        """A picture [3, H, W] in 0..1 of augmented views."""
+        if self._directory is not None:
+            self._tensorboard.add_image("augmented views", grid, 0)
+
+    def _write(self, values: dict[str, Any]) -> None:
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    """Forget what was logged after the checkpoint from which the run goes on; it will be logged again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError:  # the line that a kill cut short
+            continue
+        if step > 0 and values.get("step", step + 1) <= step:
+            kept.append(line + "\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.rename(path)

@@ -1,0 +1,143 @@
+"""Encoders: any torchvision or timm backbone by name, the projector, and how the teacher follows the student."""
+
+import difflib
+from collections.abc import Callable
+
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from reco_fast import distributed
+from reco_fast.config import ConfigError, ModelConfig
+
+SMALL_IMAGE = 64  # up to this side in pixels, a stem that divides the resolution by 4 leaves too little
+
+
+class Encoder(nn.Module):
+    """Backbone and the two-layer projector of MoCo v2 (arXiv 2003.04297): images [N, 3, H, W] to [N, D]."""
+
+    def __init__(self, backbone: nn.Module, feature_dim: int, projection_dim: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.projector = nn.Sequential(
+            nn.Linear(feature_dim, feature_dim), nn.ReLU(inplace=True), nn.Linear(feature_dim, projection_dim)
+        )
+        self.feature_dim = feature_dim
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.projector(self.backbone(images))
+
+
+class Passes(nn.Module):
+    """The encoder on several views in one call: DistributedDataParallel wants one forward for each backward."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, *views: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.encoder(view) for view in views)
+
+
+def build_encoder(config: ModelConfig, image_size: int) -> Encoder:
+    """A randomly initialised encoder. Raises ConfigError for a backbone that does not exist or does not fit."""
+    backbone = _create(config.arch, image_size)
+    if config.stem == "small" or (config.stem == "auto" and image_size <= SMALL_IMAGE):
+        _use_small_stem(backbone)
+    try:
+        with torch.no_grad():
+            features = backbone.eval()(torch.zeros(2, 3, image_size, image_size))
+    except Exception as error:  # whatever a third-party backbone raises, the user's mistake is the pairing
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"--model.arch {config.arch} cannot take {image_size} px images: {reason}") from None
+    if not isinstance(features, Tensor) or features.dim() != 2:
+        raise ConfigError(
+            f"--model.arch: expected a backbone that gives one feature vector an image, got {config.arch}"
+        )
+    return Encoder(backbone, features.shape[1], config.projection_dim).train()
+
+
+def _create(arch: str, image_size: int) -> nn.Module:
+    library, _, name = arch.rpartition("/")
+    if library in ("", "torchvision") and name in torchvision.models.list_models(module=torchvision.models):
+        return _without_classifier(torchvision.models.get_model(name, weights=None))
+    if library in ("", "timm") and timm.is_model(name):
+        # Transformers are built for one image size; convolutional nets do not take the argument.
+        for options in ({"img_size": image_size}, {}):
+            try:
+                return timm.create_model(name, pretrained=False, num_classes=0, **options)
+            except TypeError:
+                continue
+    names = torchvision.models.list_models(module=torchvision.models) + timm.list_models()
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {close[0]}?" if close else "such as resnet18, resnet50 or timm/convnext_tiny"
+    raise ConfigError(f"--model.arch: expected a torchvision or timm backbone, got {arch}; {hint}")
+
+
+def _without_classifier(backbone: nn.Module) -> nn.Module:
+    """Replace the last linear layer, in every torchvision classifier the one that gives class scores."""
+    name = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)][-1]
+    parent, _, child = name.rpartition(".")
+    setattr(backbone.get_submodule(parent), child, nn.Identity())
+    return backbone
+
+
+def _use_small_stem(backbone: nn.Module) -> None:
+    """First convolution 3×3 with stride 1, and no max-pooling behind it. Patch-embedding stems stay as they are."""
+    name, first = next((n, m) for n, m in backbone.named_modules() if isinstance(m, nn.Conv2d))
+    if first.stride == (2, 2):
+        small = nn.Conv2d(first.in_channels, first.out_channels, 3, stride=1, padding=1, bias=first.bias is not None)
+        parent, _, child = name.rpartition(".")
+        setattr(backbone.get_submodule(parent), child, small)
+        if isinstance(getattr(backbone, "maxpool", None), nn.Module):
+            backbone.maxpool = nn.Identity()
+
+
+def follow_mode(teacher: nn.Module, key_norm: str) -> nn.Module:
+    """Put the teacher in eval mode, but for its batch norms, which use batch statistics unless `key_norm="ema"`."""
+    teacher.eval()
+    if key_norm != "ema":
+        for module in teacher.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.train()
+    return teacher
+
+
+class TeacherUpdate:
+    """`teacher ← m·teacher + (1−m)·student` for all parameters in a few multi-tensor kernels (MoCo, eq. 2).
+
+    With `key_norm="ema"` the batch norms' moving averages follow in the same way (Cai et al., arXiv 2101.07525).
+    """
+
+    def __init__(self, teacher: nn.Module, student: nn.Module, key_norm: str) -> None:
+        self.teacher = list(teacher.parameters())
+        self.student = list(student.parameters())
+        if key_norm == "ema":
+            self.teacher += [b for b in teacher.buffers() if b.is_floating_point()]
+            self.student += [b for b in student.buffers() if b.is_floating_point()]
+
+    @torch.no_grad()
+    def __call__(self, momentum: float) -> None:
+        torch._foreach_lerp_(self.teacher, self.student, 1 - momentum)
+
+
+def teacher_forward(
+    teacher: Callable[[Tensor], Tensor], images: Tensor, key_norm: str, groups: int, shuffle: Tensor | None
+) -> Tensor:
+    """Embeddings [n, D] of a rank's images [n, 3, H, W], normalised as `--model.key-norm` says.
+
+    `shuffle`: for "split" a permutation of the rank's batch, for "shuffle" one of the global batch (the same on all
+    ranks). Either keeps a key from sharing batch statistics with its own query, which the student could read off.
+    """
+    if key_norm == "split":
+        assert shuffle is not None
+        keys = torch.cat([teacher(group) for group in images[shuffle].chunk(groups)])
+        return torch.empty_like(keys).index_copy_(0, shuffle, keys)
+    if key_norm == "shuffle":
+        assert shuffle is not None
+        mine = shuffle.view(distributed.world_size(), -1)[distributed.rank()]
+        keys = distributed.all_gather(teacher(distributed.all_gather(images)[mine]))
+        keys = torch.empty_like(keys).index_copy_(0, shuffle, keys)
+        return keys.view(distributed.world_size(), len(images), -1)[distributed.rank()]
+    return teacher(images)

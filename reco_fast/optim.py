@@ -1,0 +1,71 @@
+"""Optimizers and schedules."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reco_fast.config import OptimConfig
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """SGD (PyTorch's fused kernel) or LARS, with no decay on norm and bias parameters unless `decay_all`."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    vectors = [p for p in parameters if p.dim() <= 1]
+    matrices = [p for p in parameters if p.dim() > 1]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": config.weight_decay, "adapt": True},
+        {"params": vectors, "weight_decay": config.weight_decay if config.decay_all else 0.0, "adapt": False},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if config.name == "lars":
+        return LARS(groups, lr=config.lr, momentum=config.momentum)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose step for each weight matrix is scaled by η·‖w‖/‖g + λw‖ (arXiv 1708.03888, eq. 6).
+
+    Groups with `adapt=False` (norm and bias parameters) take the plain step. A few multi-tensor kernels a step and
+    no synchronisation.
+    """
+
+    def __init__(self, params: Any, lr: float, momentum: float = 0.9, trust: float = 1e-3) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": 0.0, "adapt": True, "trust": trust})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            weights = [p for p in group["params"] if p.grad is not None]
+            if not weights:
+                continue
+            updates: list[Tensor] = list(
+                torch._foreach_add([p.grad for p in weights], weights, alpha=group["weight_decay"])
+            )
+            if group["adapt"]:
+                scales = torch.stack(torch._foreach_norm(weights)), torch.stack(torch._foreach_norm(updates))
+                trust = torch.where((scales[0] > 0) & (scales[1] > 0), group["trust"] * scales[0] / scales[1], 1.0)
+                torch._foreach_mul_(updates, list(trust.unbind()))
+            buffers = []
+            for weight in weights:
+                state = self.state[weight]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(weight)
+                buffers.append(state["momentum_buffer"])
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, updates)
+            torch._foreach_add_(weights, buffers, alpha=-group["lr"])
+
+
+def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
+    """Linear warm-up over `warmup` steps, then cosine to 0 at `total`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def ramp(step: int, total: int, share: float) -> float:
+    """Linear up to 1 over the first `share` of `total` steps, then 1."""
+    return min(1.0, (step + 1) / (share * total)) if share > 0 else 1.0

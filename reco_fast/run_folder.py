@@ -1,0 +1,132 @@
+"""The folder of a run: which one, and what rank 0 writes into it before step 1."""
+
+import dataclasses
+import datetime
+import json
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reco_fast import __version__, checkpoint, distributed
+from reco_fast.config import Config, ConfigError
+
+PACKAGES = ("torch", "torchvision", "triton", "timm", "numpy", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
+# What may differ between a run and its continuation: it changes where and how fast, not what is learned.
+MAY_CHANGE = {"run", "profile", "eval", "train.max_steps", "train.device", "train.compile", "data.workers"}
+
+
+def choose(config: Config, preset: str) -> tuple[Path, Path | None]:
+    """The run's folder, and the checkpoint from which it goes on (None: from the start).
+
+    Raises ConfigError where the folder holds another run, or a run although none may be continued.
+    """
+    if config.run.dir is not None:
+        folder = config.run.dir
+        if (folder / "config.json").exists():
+            if config.run.resume == "never":
+                raise ConfigError(f"--run.dir: expected a folder without a run (--run.resume never), got {folder}")
+            difference = first_difference(config, read_config(folder))
+            if difference:
+                raise ConfigError(f"--run.dir: {folder} holds a run with other settings: {difference}")
+        return folder, checkpoint.latest(folder / "checkpoints")
+    number = 1
+    while True:
+        folder = Path("runs") / (preset if number == 1 else f"{preset}-{number}")
+        if not (folder / "config.json").exists():
+            return folder, None
+        same = first_difference(config, read_config(folder)) is None
+        if same and config.run.resume == "auto" and not finished(folder):
+            return folder, checkpoint.latest(folder / "checkpoints")
+        number += 1
+
+
+def create(folder: Path, config: Config) -> None:
+    """Make the folder and write config.json and environment.json. Raises ConfigError where that is not possible."""
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        write_json(folder / "environment.json", environment())
+        write_json(folder / "config.json", config.to_json())
+    except OSError as error:
+        raise ConfigError(
+            f"--run.dir: expected a folder that can be written, got {folder} ({error.strerror})"
+        ) from None
+
+
+def read_config(folder: Path) -> Config:
+    """The configuration of a run. Raises ConfigError where the folder holds none or a damaged one."""
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: expected the configuration of a run, got {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    return Config.from_json(values)
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """The last line of metrics.jsonl if it says that the run ended."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    try:
+        last = json.loads(lines[-1]) if lines else {}
+    except json.JSONDecodeError:
+        return None
+    return last if last.get("kind") == "end" else None
+
+
+def first_difference(config: Config, other: Config) -> str | None:
+    """The first setting that two runs may not differ in, as text."""
+    for section in dataclasses.fields(Config):
+        mine, theirs = getattr(config, section.name), getattr(other, section.name)
+        for field in dataclasses.fields(mine):
+            name = f"{section.name}.{field.name}"
+            if section.name in MAY_CHANGE or name in MAY_CHANGE:
+                continue
+            a, b = getattr(mine, field.name), getattr(theirs, field.name)
+            if a != b:
+                return f"--{name.replace('_', '-')} is {b} there and {a} now"
+    return None
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and command, so that a figure can be traced to what made it."""
+    packages = {}
+    for package in PACKAGES:
+        try:
+            packages[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            packages[package] = None
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "reco_fast": __version__,
+        "git_commit": _output("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_threads": torch.get_num_threads(),
+        "packages": packages,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        "ranks": distributed.world_size(),
+    }
+
+
+def _output(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Appears whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    temporary.rename(path)

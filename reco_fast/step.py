@@ -1,0 +1,185 @@
+"""One training step, in the order in which it happens, and the random numbers that it uses.
+
+Nothing is drawn from hidden state: every number follows from (seed, step, part, rank), so a resumed run repeats them.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reco_fast import distributed
+from reco_fast.config import Config, LossConfig
+from reco_fast.kernels.reference import unit
+from reco_fast.losses import reco_loss
+from reco_fast.model import teacher_forward
+from reco_fast.optim import learning_rate, ramp
+from reco_fast.profiling.trace import region
+from reco_fast.state import TrainState
+
+METRICS = (
+    "loss",
+    "loss_instance",
+    "loss_global",
+    "loss_local",
+    "teacher_entropy",
+    "positive_similarity",
+    "feature_mean_norm",
+    "feature_std",
+)
+
+
+class Draws(NamedTuple):
+    """The random part of one step on one rank, on the device.
+
+    permutation: [n] int64, image i is mixed with image `permutation[i]`.
+    mix_weights: [H, W] float32, the share of image i itself in each pixel: a constant for mixup, 0 in the pasted
+        box and 1 around it for cutmix. Its mean is λ.
+    shuffle: [n] or [global n] int64 for a teacher that normalises over shuffled groups, else None.
+    """
+
+    permutation: Tensor
+    mix_weights: Tensor
+    shuffle: Tensor | None
+
+
+class Schedule(NamedTuple):
+    """What changes from step to step."""
+
+    lr: float
+    relation_weight: float
+    teacher_momentum: float
+
+
+def scheduled(step: int, total_steps: int, config: Config) -> Schedule:
+    """The schedules of a run of `total_steps` at one step."""
+    warmup = round(total_steps * config.optim.warmup_epochs / config.train.epochs)
+    peak = config.optim.lr * config.train.batch_size / 256
+    return Schedule(
+        lr=learning_rate(step, total_steps, warmup, peak),
+        relation_weight=ramp(step, total_steps, config.loss.ramp),
+        teacher_momentum=config.model.teacher_momentum,
+    )
+
+
+def draw(step: int, rows: int, config: Config, device: torch.device) -> list[Draws]:
+    """The draws of this rank's `rows` images at `step`, one for each accumulated part."""
+    parts = config.train.accumulate
+    drawn = []
+    for part in range(parts):
+        own = np.random.default_rng((config.train.seed, step, part, distributed.rank()))
+        common = np.random.default_rng((config.train.seed, step, part))
+        count = rows // parts
+        shuffle = None
+        if config.model.key_norm == "split":
+            shuffle = own.permutation(count)
+        elif config.model.key_norm == "shuffle":
+            shuffle = common.permutation(count * distributed.world_size())
+        drawn.append(
+            Draws(
+                _to_device(own.permutation(count), device),
+                _to_device(mix_weights(own, config.loss, config.data.image_size), device),
+                None if shuffle is None else _to_device(shuffle, device),
+            )
+        )
+    return drawn
+
+
+def mix_weights(rng: np.random.Generator, config: LossConfig, size: int) -> np.ndarray:
+    """Pixel weights [size, size] float32 of one cutmix (arXiv 1905.04899) or mixup (arXiv 1710.09412) draw."""
+    ratio = rng.beta(config.mix_alpha, config.mix_alpha)
+    use_cutmix = rng.random() < 0.5 if config.mix == "both" else config.mix == "cutmix"
+    if not use_cutmix:
+        return np.full((size, size), ratio, dtype=np.float32)
+    half = int(size * np.sqrt(1 - ratio)) // 2
+    y, x = rng.integers(size, size=2)
+    weights = np.ones((size, size), dtype=np.float32)
+    weights[max(0, y - half) : y + half, max(0, x - half) : x + half] = 0
+    return weights
+
+
+def mix_pixels(images: Tensor, others: Tensor, draws: Draws) -> Tensor:
+    """`w·images + (1−w)·others[π]` for channels-last images [n, 3, H, W] and pixel weights w [H, W]."""
+    # Indexing the [n, H, W, 3] view keeps the memory format; indexing [n, 3, H, W] itself would not.
+    shuffled = others.permute(0, 2, 3, 1)[draws.permutation].permute(0, 3, 1, 2)
+    return torch.lerp(shuffled, images, draws.mix_weights.to(images.dtype))
+
+
+def train_step(
+    state: TrainState, config: Config, views: tuple[Tensor, ...], draws: list[Draws], schedule: Schedule
+) -> Tensor:
+    """One optimizer step on this rank's views (two strong ones, and a weak one if the global relation is on).
+
+    Returns `METRICS` [len(METRICS)] float32 on the device; nothing waits for the device.
+    """
+    for group in state.optimizer.param_groups:
+        group["lr"] = schedule.lr
+    torch.manual_seed(hash((config.train.seed, state.step, distributed.rank())) % 2**63)  # for dropout in a backbone
+    parts = len(draws)
+    metrics, keys = [], []
+    for part, drawn in enumerate(draws):
+        part_views = tuple(view.chunk(parts)[part] for view in views)
+        last = part == parts - 1
+        loss, part_keys, measured = _forward(state, config, part_views, drawn, schedule)
+        with region("backward"), state.gradient_sync(last):
+            state.scaler.scale(loss / parts).backward()
+        metrics.append(measured)
+        keys.append(part_keys)
+    with region("optimizer"):
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.optimizer.zero_grad(set_to_none=True)
+    with region("moving_average"):
+        state.update_teacher(schedule.teacher_momentum)
+    with region("enqueue"):
+        state.bank.enqueue(*(distributed.all_gather(unit(torch.cat(part))) for part in zip(*keys, strict=True)))
+    state.step += 1
+    return torch.stack(metrics).mean(dim=0)
+
+
+def _forward(
+    state: TrainState, config: Config, views: tuple[Tensor, ...], draws: Draws, schedule: Schedule
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    """Loss with its graph, the teacher's new keys (and weak keys), and the measurements, of one part."""
+    loss, model = config.loss, config.model
+    with region("teacher_forward"), torch.no_grad(), state.autocast():
+        teacher_views = views[1:] if loss.uses_global else views[1:2]
+        keys = tuple(
+            teacher_forward(state.run_teacher, view, model.key_norm, model.norm_groups, draws.shuffle)
+            for view in teacher_views
+        )
+    with region("student_forward"), state.autocast():
+        mixed = (mix_pixels(views[0], views[1], draws),) if loss.uses_local else ()
+        query, *query_mix = state.run_student(views[0], *mixed)
+    with region("loss"):
+        out = reco_loss(
+            query,
+            query_mix[0] if loss.uses_local else None,
+            keys[0],
+            keys[1] if loss.uses_global else None,
+            state.bank.keys,
+            state.bank.weak_keys,
+            draws.permutation,
+            draws.mix_weights.mean(),
+            temperature=loss.temperature,
+            student_temperature=loss.student_temperature,
+            teacher_temperature=loss.teacher_temperature,
+            global_weight=loss.global_weight * schedule.relation_weight if loss.uses_global else 0,
+            local_weight=loss.local_weight * schedule.relation_weight if loss.uses_local else 0,
+            mix_anchor=loss.mix_anchor,
+            impl=loss.impl,
+        )
+    return out.total, keys, torch.stack([out.total.detach(), *out[1:], *_feature_health(query.detach(), keys[0])])
+
+
+def _feature_health(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean similarity of positives; norm of the mean unit embedding (1: all alike, or drifting as one); and the
+    standard deviation of its coordinates (1/√D: spread over the sphere; 0: collapsed)."""
+    q = unit(query)
+    return (q * unit(key)).sum(dim=1).mean(), q.mean(dim=0).norm(), q.std(dim=0, correction=0).mean()
+
+
+def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -1,0 +1,247 @@
+"""Train: `torchrun --standalone -m reco_fast.train [PRESET] [--section.field VALUE ...]`.
+
+Reads from top to bottom: the command line, what a run needs, the loop. `step.train_step` is one step of it.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from reco_fast import checkpoint, cli, distributed, run_folder
+from reco_fast.config import Config, ConfigError
+from reco_fast.evaluate import LabelledData, knn_top1, labelled_features, loader_workers, open_labelled
+from reco_fast.metrics import Meter, RunLog
+from reco_fast.pipelines import generated
+from reco_fast.pipelines.augmentations import Recipe, reco_recipe
+from reco_fast.pipelines.loader import Batch, Loader, open_loader
+from reco_fast.pipelines.order import TrainingOrder
+from reco_fast.pipelines.sources import ImageSource, open_source
+from reco_fast.presets import PRESETS
+from reco_fast.profiling.trace import region, trace
+from reco_fast.state import TrainState, build_state, pick_device
+from reco_fast.step import METRICS, draw, scheduled, train_step
+
+
+def main() -> NoReturn:
+    cli.run(lambda: train(*parse(sys.argv[1:])))
+
+
+def parse(argv: Sequence[str]) -> tuple[str, Config]:
+    """The preset's name (quickstart unless the first word names one) and the configuration."""
+    preset, rest = ("quickstart", argv) if not argv or argv[0].startswith("-") else (argv[0], argv[1:])
+    if preset not in PRESETS:
+        raise ConfigError(f"{preset}: expected a preset, one of {', '.join(PRESETS)}")
+    default, expectation = PRESETS[preset]
+    prog = f"python -m reco_fast.train {preset}"
+    return preset, cli.parse(Config, rest, prog=prog, description=expectation, default=default)
+
+
+def train(preset: str, config: Config) -> int:
+    """A whole run. Everything a user can get wrong is found before the run folder is touched."""
+    device = pick_device(config.train.device)
+    with distributed.process_group(device):
+        check_ranks(config)
+        config, source, labelled = open_data(config)
+        state = build_state(config, device)
+        folder, resume_from = run_folder.choose(config, preset)
+        if (done := run_folder.finished(folder)) is not None:
+            print(f"{folder}: this run is finished ({done})")
+            return 0
+        progress = Progress() if resume_from is None else Progress(**checkpoint.load(resume_from, state))
+        writes = distributed.rank() == 0
+        if writes:
+            run_folder.create(folder, config)
+        run = Run(config, source, labelled, folder, epoch_steps=len(source) / config.train.batch_size)
+        order = TrainingOrder(
+            len(source),
+            config.train.batch_size,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            seed=config.train.seed,
+        )
+        options = {"seed": config.train.seed, "workers": loader_workers(config.data), "on_bad_image": config.data.on_bad_image}
+        with (
+            open_loader(
+                config.data.loader, source, recipe(config), order, device=device, first_step=state.step, **options
+            ) as loader,
+            RunLog(folder if writes else None, total_steps=run.stop_at, first_step=state.step) as log,
+        ):
+            log.say(f"{folder}: {config.loss.objective} with {config.model.arch} on {len(source)} images, {device}")
+            loop(run, state, progress, loader, log)
+            log.bad_images(loader.bad_images)
+    return 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same throughout a run."""
+
+    config: Config
+    source: ImageSource
+    labelled: LabelledData | None
+    folder: Path
+    epoch_steps: float
+
+    @property
+    def total_steps(self) -> int:
+        """Of the schedule."""
+        return max(1, round(self.config.train.epochs * self.epoch_steps))
+
+    @property
+    def stop_at(self) -> int:
+        return min(self.total_steps, self.config.train.max_steps or self.total_steps)
+
+    def epoch(self, step: int) -> float:
+        return step / self.epoch_steps
+
+    def due(self, step: int, every_epochs: float) -> bool:
+        """Whether a multiple of `every_epochs` was passed with this step."""
+        return int(self.epoch(step) / every_epochs) > int(self.epoch(step - 1) / every_epochs)
+
+
+@dataclass
+class Progress:
+    """What a run has measured so far; kept in its checkpoints."""
+
+    knn_top1_initial: float | None = None
+    knn_top1: float | None = None
+    images: int = 0
+    seconds: float = 0.0
+    sums: list[float] = field(default_factory=lambda: [0.0] * len(METRICS))
+    summed_steps: int = 0
+
+
+def loop(run: Run, state: TrainState, progress: Progress, loader: Loader, log: RunLog) -> None:
+    """Fetch, step, log, evaluate, checkpoint; from `state.step` to the end."""
+    config = run.config
+    if state.step == 0:
+        progress.knn_top1_initial = progress.knn_top1 = evaluate(run, state, log)
+    meter = Meter()
+    sums = torch.tensor(progress.sums, device=state.device)
+    batches = iter(loader)
+    profile = config.profile
+    traces = run.folder / "tensorboard" if profile.enabled else None
+    with trace(traces, wait=profile.wait, warmup=profile.warmup, active=profile.active) as profiler:
+        while state.step < run.stop_at:
+            with meter.waiting(), region("data_wait"):
+                batch = next(batches)
+            if state.step == 0:
+                log.views(view_grid(batch, recipe(config)))
+            schedule = scheduled(state.step, run.total_steps, config)
+            draws = draw(state.step, len(batch.indices), config, state.device)
+            sums += train_step(state, config, batch.views, draws, schedule)
+            progress.summed_steps += 1
+            meter.add(config.train.batch_size)
+            ended = state.step == run.stop_at
+            log.advance(state.step)
+            if ended or state.step % config.run.log_every == 0:
+                values = distributed.sum_over_ranks(sums) / (distributed.world_size() * progress.summed_steps)
+                rate, waited = meter.read()
+                log.train(
+                    {"step": state.step, "epoch": run.epoch(state.step)}
+                    | dict(zip(METRICS, values.tolist(), strict=True))
+                    | {"lr": schedule.lr, "images_per_second": rate, "data_wait_fraction": waited}
+                )
+                sums.zero_()
+                progress.summed_steps = 0
+            if ended or run.due(state.step, config.eval.every):
+                progress.knn_top1 = evaluate(run, state, log)
+                meter.restart()
+            if ended or run.due(state.step, config.run.checkpoint_epochs):
+                progress.sums = sums.tolist()
+                progress.images, progress.seconds = progress.images + meter.images, progress.seconds + meter.seconds
+                save(run, state, progress)
+                meter = Meter()
+            profiler.step()
+    log.end(
+        {
+            "epochs": run.epoch(state.step),
+            "steps": state.step,
+            "seconds": progress.seconds,
+            "images_per_second": progress.images / progress.seconds,
+            "knn_top1_initial": progress.knn_top1_initial,
+            "knn_top1": progress.knn_top1,
+        }
+    )
+
+
+def check_ranks(config: Config) -> None:
+    """What must fit the number of ranks."""
+    parts = distributed.world_size() * config.train.accumulate
+    if config.train.batch_size % parts:
+        raise ConfigError(
+            f"--train.batch-size: expected a multiple of ranks × --train.accumulate = {parts}, "
+            f"got {config.train.batch_size}"
+        )
+    rows = config.train.batch_size // parts
+    if config.model.key_norm == "shuffle" and distributed.world_size() == 1:
+        raise ConfigError("--model.key-norm: expected split, batch or ema on one rank, got shuffle (needs two or more)")
+    if config.model.key_norm == "split" and rows < 2 * config.model.norm_groups:
+        raise ConfigError(
+            f"--model.norm-groups: expected at most half of the {rows} images that a rank normalises together, "
+            f"got {config.model.norm_groups}"
+        )
+
+
+def open_data(config: Config) -> tuple[Config, ImageSource, LabelledData | None]:
+    """The images, labelled ones if there are any, and the configuration with the paths filled in.
+
+    The quickstart preset without a path makes its own images.
+    """
+    data = config.data
+    if data.path is None:
+        if not config.data.generated:
+            raise ConfigError("--data.path: expected a folder of images or .tar shards, got nothing")
+        path, val_path = distributed.first_rank_first(generated.generate)
+        data = dataclasses.replace(data, path=path, val_path=val_path)
+        config = dataclasses.replace(config, data=data)
+    assert data.path is not None
+    source = open_source(data.path)
+    if len(source) < config.train.batch_size:
+        raise ConfigError(
+            f"--train.batch-size: expected at most the {len(source)} images of {data.path}, "
+            f"got {config.train.batch_size}"
+        )
+    labelled = open_labelled(source, data.val_path) if data.val_path is not None else None
+    return config, source, labelled
+
+
+def recipe(config: Config) -> Recipe:
+    """The views that the objective looks at: no weak one without the global relation."""
+    full = reco_recipe(config.data.image_size)
+    return full if config.loss.uses_global else dataclasses.replace(full, views=full.views[:2])
+
+
+def evaluate(run: Run, state: TrainState, log: RunLog) -> float | None:
+    """kNN top-1 of the student's backbone in percent; None without labelled images."""
+    top1 = None
+    if run.labelled is not None:
+        features = labelled_features(state.student.backbone, run.labelled, run.config, state.device)
+        options = run.config.eval
+        top1 = knn_top1(features, len(run.labelled.classes), k=options.knn_k, temperature=options.knn_temperature)
+    log.evaluation(state.step, run.epoch(state.step), top1)
+    return top1
+
+
+def save(run: Run, state: TrainState, progress: Progress) -> None:
+    if distributed.rank() == 0:
+        checkpoint.save(state, run.folder / "checkpoints", progress=dataclasses.asdict(progress))
+    distributed.barrier()
+
+
+def view_grid(batch: Batch, recipe: Recipe) -> Tensor:
+    """[3, H, W] in 0..1: a row for each of the first 8 images, a column for each view."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (recipe.mean, recipe.std))
+    images = torch.stack([view[:8].float().cpu() * std + mean for view in batch.views], dim=1).flatten(0, 1)
+    return make_grid(images.clamp(0, 1), nrow=len(batch.views))
+
+
+if __name__ == "__main__":
+    main()
