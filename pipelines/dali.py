@@ -1,0 +1,256 @@
+"""The recipe by NVIDIA DALI: each image is decoded once and cropped once a view; on a GPU it never leaves it."""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from queue import Full, Queue
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from nvidia.dali import fn, pipeline_def, types
+
+from reco_fast.pipelines.augmentations import Recipe, ViewParameters, ViewRecipe, sample_parameters
+from reco_fast.pipelines.images import BadImage, to_ppm
+from reco_fast.pipelines.loader import Batch, ImageReader, Loader, OnBadImage, Sample
+from reco_fast.pipelines.order import Order
+from reco_fast.pipelines.sources import ImageSource
+
+__all__ = ["DaliLoader"]
+
+_READERS = 8  # threads that wait for the file system
+_READ_AHEAD = 3  # batches of encoded images
+_DECODE_AHEAD = 2  # batches in DALI
+_CACHE_BYTES = 512 * 2**20  # of encoded images: a small data set is read and checked once
+
+
+class DaliLoader(Loader):
+    """A thread of ours reads and checks the files of the coming batches and draws their parameters; DALI's threads
+    (`workers`, at least one) decode and augment behind the caller's back."""
+
+    def __init__(
+        self,
+        source: ImageSource,
+        recipe: Recipe,
+        order: Order,
+        device: torch.device,
+        seed: int,
+        workers: int,
+        on_bad_image: OnBadImage,
+        first_step: int,
+    ) -> None:
+        super().__init__(source)
+        self._recipe = recipe
+        self._seed = seed
+        self._device = device
+        self._workers = max(1, workers)
+        self._order = order
+        self._reader = ImageReader(source, on_bad_image, cache_bytes=_CACHE_BYTES)
+        self._bad = self._reader.bad
+        self._ahead = _ReadAhead(order, self._reader, first_step)
+        self._again: deque[_Encoded] = deque()  # taken from DALI when a batch before it failed
+        self._in_flight: deque[_Encoded] = deque()
+        self._pipeline: Any = None
+
+    def __next__(self) -> Batch:
+        while not self._ahead.closed:
+            if self._pipeline is None:
+                self._pipeline = self._build()
+            try:
+                outputs = self._run()
+            except RuntimeError as error:  # what DALI raises for an image that it cannot decode
+                self._recover(error)
+                continue
+            encoded = self._in_flight.popleft()
+            views = tuple(torch.from_dlpack(view.as_tensor()).permute(0, 3, 1, 2) for view in outputs)
+            return Batch(views, torch.tensor([sample.index for sample in encoded.samples]))
+        raise StopIteration
+
+    def _run(self) -> Any:
+        return self._pipeline.run(torch.cuda.current_stream(self._device)) if self._on_gpu else self._pipeline.run()
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self._device.type == "cuda"
+
+    def _build(self) -> Any:
+        pipeline = _graph(
+            self._feed,
+            self._recipe,
+            self._on_gpu,
+            batch_size=self._order.batch_size,
+            num_threads=self._workers,
+            device_id=(self._device.index or 0) if self._on_gpu else None,
+            prefetch_queue_depth=_DECODE_AHEAD,
+            exec_dynamic=True,
+        )
+        pipeline.build()
+        return pipeline
+
+    def _feed(self) -> list[Any]:
+        """The next batch's inputs, as DALI asks for them."""
+        encoded = self._again.popleft() if self._again else self._ahead.take()
+        samples = encoded.samples
+        inputs: list[Any] = [[np.frombuffer(sample.data, np.uint8) for sample in samples]]
+        heights = np.array([sample.height for sample in samples], np.int64)
+        widths = np.array([sample.width for sample in samples], np.int64)
+        for number, view in enumerate(self._recipe.views):
+            parameters = sample_parameters(view, number, self._seed, encoded.positions, heights, widths)
+            inputs.extend(_view_inputs(view, parameters).values())
+        self._in_flight.append(encoded)
+        return inputs
+
+    def _recover(self, error: RuntimeError) -> None:
+        """After a failed batch: give its images to Pillow, which decodes them or says which are bad, and do what was
+        under way again in a new pipeline."""
+        if not self._in_flight or self._in_flight[0].by_pillow:
+            raise error
+        self._pipeline = None
+        failed, *rest = self._in_flight
+        self._in_flight.clear()
+        samples = [self._by_pillow(sample) for sample in failed.samples]
+        self._again.extendleft(reversed([_Encoded(failed.positions, samples, True), *rest]))
+
+    def _by_pillow(self, sample: Sample) -> Sample:
+        while True:
+            try:
+                return Sample(sample.index, *to_ppm(sample.data))
+            except BadImage as error:
+                self._reader.reject(sample.index, str(error))
+                sample = self._reader.read(sample.index)
+
+    def close(self) -> None:
+        self._ahead.close()
+        self._pipeline = None
+
+
+class _Encoded(NamedTuple):
+    positions: NDArray[np.int64]
+    samples: list[Sample]
+    by_pillow: bool = False
+
+
+class _ReadAhead:
+    """Reads the batches of an order, some ahead, in a thread."""
+
+    def __init__(self, order: Order, reader: ImageReader, first_step: int) -> None:
+        self._queue: Queue[_Encoded | BaseException] = Queue(_READ_AHEAD)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(
+            target=self._read, args=(order, reader, first_step), name="reco_fast read-ahead", daemon=True
+        )
+        self._thread.start()
+
+    @property
+    def closed(self) -> bool:
+        return self._closing.is_set()
+
+    def take(self) -> _Encoded:
+        """The next batch. Raises StopIteration after the last, or what reading it raised."""
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            self._put(item)  # for whoever asks again
+            raise item
+        return item
+
+    def close(self) -> None:
+        self._closing.set()
+        self._thread.join()
+
+    def _read(self, order: Order, reader: ImageReader, step: int) -> None:
+        try:
+            with ThreadPoolExecutor(_READERS, thread_name_prefix="reco_fast reader") as pool:
+                while not self.closed and (order.steps is None or step < order.steps):
+                    positions, indices = order.batch(step)
+                    chunks = pool.map(lambda part: [reader.read(i) for i in part.tolist()], _split(indices))
+                    self._put(_Encoded(positions, [sample for chunk in chunks for sample in chunk]))
+                    step += 1
+            self._put(StopIteration())
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: _Encoded | BaseException) -> None:
+        while not self.closed:
+            try:
+                return self._queue.put(item, timeout=0.1)
+            except Full:
+                continue
+
+
+def _split(indices: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    return np.array_split(indices, min(_READERS, len(indices)))
+
+
+def _view_inputs(view: ViewRecipe, p: ViewParameters) -> dict[str, NDArray[Any]]:
+    """What the graph needs of the parameters, by name: arrays of n rows. Which names there are depends on the recipe
+    alone."""
+    inputs: dict[str, NDArray[Any]] = {
+        "start": np.stack([p.top, p.left], axis=1).astype(np.int32),
+        "shape": np.stack([p.height, p.width], axis=1).astype(np.int32),
+    }
+    if view.jitter_probability:
+        inputs |= {
+            "jitter": p.jitter,
+            "brightness": p.brightness.astype(np.float32),
+            "contrast": p.contrast.astype(np.float32),
+            "saturation": p.saturation.astype(np.float32),
+            "hue": (360 * p.hue).astype(np.float32),
+        }
+    if view.grayscale_probability:
+        inputs["grayscale"] = p.grayscale
+    if view.blur_probability:
+        inputs |= {"blur": p.blur_sigma > 0, "sigma": np.maximum(p.blur_sigma, 0.01).astype(np.float32)}
+    if view.flip_probability:
+        inputs["flip"] = p.flip.astype(np.int32)
+    return inputs
+
+
+_TYPES = {"bool": types.BOOL, "int32": types.INT32, "float32": types.FLOAT}
+
+
+@pipeline_def(enable_conditionals=True)
+def _graph(feed: Callable[[], list[Any]], recipe: Recipe, on_gpu: bool) -> tuple[Any, ...]:
+    """One decode, one crop a view. Inputs in the order of `DaliLoader._feed`."""
+    samples = [_view_inputs(view, sample_parameters(view, 0, 0, [0], [1], [1])) for view in recipe.views]
+    arrays = [array for sample in samples for array in sample.values()]
+    encoded, *values = fn.external_source(
+        source=feed,
+        num_outputs=1 + len(arrays),
+        dtype=[types.UINT8, *(_TYPES[array.dtype.name] for array in arrays)],
+        ndim=[1, *(array.ndim - 1 for array in arrays)],
+    )
+    images = fn.decoders.image(
+        encoded,
+        device="mixed" if on_gpu else "cpu",
+        output_type=types.RGB,
+        jpeg_fancy_upsampling=True,  # as the CPU's decoder does
+        hw_decoder_load=0.65,
+    )
+    inputs = iter(values)
+    return tuple(_view(images, {name: next(inputs) for name in sample}, recipe, on_gpu) for sample in samples)
+
+
+def _view(images: Any, p: dict[str, Any], recipe: Recipe, on_gpu: bool) -> Any:
+    view = fn.slice(images, start=p["start"], shape=p["shape"], axes=(0, 1))
+    view = fn.resize(view, size=[recipe.size, recipe.size], antialias=True)
+    if p.get("jitter"):
+        grey = fn.color_space_conversion(view, image_type=types.RGB, output_type=types.GRAY)
+        view = fn.brightness_contrast(
+            view, brightness=p["brightness"], contrast=p["contrast"], contrast_center=fn.reductions.mean(grey)
+        )
+        view = fn.color_twist(view, saturation=p["saturation"], hue=p["hue"])
+    if p.get("grayscale"):
+        grey = fn.color_space_conversion(view, image_type=types.RGB, output_type=types.GRAY)
+        view = fn.color_space_conversion(grey, image_type=types.GRAY, output_type=types.RGB)
+    if p.get("blur"):
+        view = fn.gaussian_blur(view, sigma=p["sigma"])
+    return fn.crop_mirror_normalize(
+        view,
+        mirror=p.get("flip", 0),
+        dtype=types.FLOAT16 if on_gpu else types.FLOAT,
+        output_layout="HWC",
+        mean=[255 * value for value in recipe.mean],
+        std=[255 * value for value in recipe.std],
+    )

@@ -1,0 +1,188 @@
+"""One encoded image: is it whole, how large is it, and its bytes in a form that no decoder stumbles over.
+
+DALI is fast, but a file that it cannot parse may end the process. So it is given two kinds of bytes only: ordinary
+JPEGs, which `inspect_image` knows by walking their segments in microseconds, and binary PPMs, into which Pillow turns
+everything else that it can decode. The torch loader takes the same bytes, so the two agree on what is bad and why.
+"""
+
+import io
+import struct
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+__all__ = ["MAX_PIXELS", "BadImage", "ImageHeader", "check_image", "decode_image", "inspect_image", "to_plain"]
+
+MAX_PIXELS = 150_000_000
+"""Larger frames are refused before any memory is taken for them; 12,000 × 9,000 passes, 450 MB is the most."""
+
+# Pillow warns from 89 million pixels on; the limit here is ours and is checked before decoding.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class BadImage(ValueError):
+    """These bytes are not an image that can be used; the message says why."""
+
+
+class ImageHeader(NamedTuple):
+    """`height`, `width`: pixels, upright (after the EXIF orientation). `ordinary`: an undamaged-looking 8-bit
+    grey or colour JPEG, baseline or progressive."""
+
+    height: int
+    width: int
+    ordinary: bool
+
+
+def check_image(data: bytes) -> tuple[int, int]:
+    """Height and width of an encoded image, in pixels, upright.
+
+    Ordinary JPEGs are judged by their segments and end marker, others by Pillow's reading of the header.
+
+    Raises:
+        BadImage: not an image, more than `MAX_PIXELS`, or fewer bytes than such a frame can be coded in.
+    """
+    header = inspect_image(data)
+    return header.height, header.width
+
+
+def inspect_image(data: bytes) -> ImageHeader:
+    """As `check_image`, and whether it is an ordinary JPEG."""
+    return _inspect_jpeg(data) or _inspect_any(data)
+
+
+def to_plain(data: bytes) -> tuple[bytes, int, int]:
+    """Bytes that either decoder takes (an ordinary JPEG as it is, anything else as a PPM), height and width.
+
+    Raises:
+        BadImage: with the reason.
+    """
+    header = _inspect_jpeg(data)
+    if header is not None:
+        return data, header.height, header.width
+    return to_ppm(data)
+
+
+def to_ppm(data: bytes) -> tuple[bytes, int, int]:
+    """Decode with Pillow and pack as binary PPM: bytes, height and width. Raises BadImage."""
+    image = decode_image(data)
+    return b"P6\n%d %d\n255\n" % image.size + image.tobytes(), image.height, image.width
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """An upright 8-bit RGB Pillow image. Transparency is dropped; of more than 8 bits the upper 8 are kept.
+
+    Raises:
+        BadImage: with the reason.
+    """
+    try:
+        image = _open(data)
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to 255
+            return Image.fromarray(np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8)).convert("RGB")
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")
+        return image.convert("RGB")
+    except BadImage:
+        raise
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise many types on hostile bytes
+        raise BadImage(_reason(error)) from None
+
+
+def _inspect_any(data: bytes) -> ImageHeader:
+    try:
+        image = _open(data)
+        width, height = image.size
+        if image.getexif().get(0x0112, 1) in (5, 6, 7, 8):
+            width, height = height, width
+    except BadImage:
+        raise
+    except Exception as error:
+        raise BadImage(_reason(error)) from None
+    return ImageHeader(height, width, ordinary=False)
+
+
+def _open(data: bytes) -> Image.Image:
+    """Parse the header alone."""
+    if not data:
+        raise BadImage("the file is empty")
+    try:
+        image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        raise BadImage(f"not an image: it starts with {bytes(data[:12])!r}") from None
+    except Image.DecompressionBombError:
+        raise BadImage(f"its header claims more than the {MAX_PIXELS:,} pixels allowed") from None
+    _check_size(image.height, image.width)
+    return image
+
+
+def _check_size(height: int, width: int) -> None:
+    if height < 1 or width < 1:
+        raise BadImage(f"its header claims {width} × {height} pixels")
+    if height * width > MAX_PIXELS:
+        raise BadImage(f"its header claims {width} × {height} pixels, more than the {MAX_PIXELS:,} allowed")
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+_FRAMES = {0xC0: True, 0xC1: True, 0xC2: False}  # start-of-frame markers taken as ordinary → is it baseline
+_SCAN, _EXIF, _ADOBE = 0xDA, 0xE1, 0xEE
+_PIXELS_PER_BYTE = 512  # baseline codes a block of 64 pixels in 2 bits at the least: 256 a byte, and twice that here
+
+
+def _inspect_jpeg(data: bytes) -> ImageHeader | None:
+    """The header where this is an ordinary JPEG; None where it is anything else, damaged or not.
+
+    Raises:
+        BadImage: ordinary, but its size cannot be true or is not allowed.
+    """
+    if not data.startswith(b"\xff\xd8\xff"):
+        return None
+    height = width = 0
+    baseline = has_exif = False
+    position = 2
+    end = len(data) - 4
+    while position < end:
+        start, marker, length = _SEGMENT.unpack_from(data, position)
+        if start != 0xFF or marker < 0xC0 or 0xD0 <= marker <= 0xD9 or length < 2:
+            return None
+        if marker in _FRAMES:
+            if height or position + 10 > len(data):
+                return None
+            precision, height, width, components = _FRAME.unpack_from(data, position + 4)
+            identifiers = data[position + 10 : position + 10 + 3 * components : 3]
+            if precision != 8 or components not in (1, 3) or identifiers == b"RGB" or not (height and width):
+                return None
+            baseline = _FRAMES[marker]
+        elif marker == _EXIF and data.startswith(b"Exif\0\0", position + 4):
+            has_exif = True
+        elif (
+            marker == _ADOBE
+            and data.startswith(b"Adobe", position + 4)
+            and data[position + 15 : position + 16] == b"\0"
+        ):
+            return None  # not YCbCr
+        elif marker == _SCAN:
+            break
+        elif marker in _OTHER_FRAMES:
+            return None
+        position += 2 + length
+    if not height or position >= end or data.rfind(b"\xff\xd9", position) < 0:
+        return None  # an end marker cannot stand inside the scan: there each 0xff is followed by 0x00
+    _check_size(height, width)
+    if baseline and height * width > _PIXELS_PER_BYTE * len(data):
+        raise BadImage(f"its header claims {width} × {height} pixels, which {len(data):,} bytes cannot hold")
+    if has_exif and (rotated := _inspect_any(data)) is not None:
+        height, width = rotated.height, rotated.width
+    return ImageHeader(height, width, ordinary=True)
+
+
+_SEGMENT = struct.Struct(">BBH")
+_FRAME = struct.Struct(">BHHB")
+_OTHER_FRAMES = frozenset(range(0xC3, 0xD0)) - {0xC4, 0xC8, 0xCC}

@@ -1,0 +1,173 @@
+"""What a loader is, how one is opened, and how it gets past bad images. `dali` and `torch_loader` implement it."""
+
+import importlib.util
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Literal, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from reco_fast.pipelines.augmentations import Recipe
+from reco_fast.pipelines.images import BadImage, to_plain
+from reco_fast.pipelines.order import Order
+from reco_fast.pipelines.sources import DataError, ImageSource
+
+__all__ = ["Batch", "ImageReader", "Loader", "LoaderKind", "OnBadImage", "Sample", "open_loader"]
+
+LoaderKind = Literal["auto", "dali", "torch"]
+OnBadImage = Literal["skip", "raise"]
+
+
+class Batch(NamedTuple):
+    """`views`: one tensor [n, 3, S, S] for each view of the recipe, channels-last in memory, normalised, on the
+    loader's device; float32 on a CPU, float16 on a GPU. `indices`: [n] int64 on the CPU, places in the source of the
+    images that are in the batch (a bad image is replaced by the next good one)."""
+
+    views: tuple[Tensor, ...]
+    indices: Tensor
+
+
+class Loader(ABC):
+    """An iterator of `Batch`: without end in a training order, one pass in an evaluation order.
+
+    Use it as a context manager, or call `close()`: either ends its threads and processes. It also raises DataError.
+    """
+
+    def __init__(self, source: ImageSource) -> None:
+        self._source = source
+        self._bad: dict[int, str] = {}
+
+    @property
+    def bad_images(self) -> dict[str, str]:
+        """Name → reason, of every image and folder that could not be used so far."""
+        return self._source.unreadable | {self._source.names[index]: reason for index, reason in self._bad.items()}
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    @abstractmethod
+    def __next__(self) -> Batch: ...
+
+    @abstractmethod
+    def close(self) -> None:
+        """End all threads and processes; more than once is fine."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Sample(NamedTuple):
+    """An image as read: `data` is an ordinary JPEG or a PPM, `height` and `width` are of the upright image."""
+
+    index: int
+    data: bytes
+    height: int
+    width: int
+
+
+class ImageReader:
+    """Reads images and steps past bad ones: in place of a bad image comes the next good one of the source.
+
+    `bad`: index → reason. With `cache_bytes`, a source that fits is read and checked only once.
+    """
+
+    def __init__(self, source: ImageSource, on_bad_image: OnBadImage, *, cache_bytes: int = 0) -> None:
+        self._source = source
+        self._raise = on_bad_image == "raise"
+        self.bad: dict[int, str] = {}
+        self._cache: dict[int, Sample] = {}
+        self._cache_left = cache_bytes
+        self._lock = threading.Lock()
+
+    def read(self, index: int) -> Sample:
+        """The image at `index`, or the next good one after it.
+
+        Raises:
+            DataError: no image is good; or one is bad and `on_bad_image` is "raise".
+        """
+        count = len(self._source)
+        for candidate in range(index, index + count):
+            place = candidate % count
+            if place in self._cache:
+                return self._cache[place]
+            if place in self.bad:
+                continue
+            try:
+                sample = Sample(place, *to_plain(self._source.read(place)))
+            except BadImage as error:
+                self.reject(place, str(error))
+            except OSError as error:
+                self.reject(place, error.strerror or type(error).__name__)
+            else:
+                self._remember(sample)
+                return sample
+        place, reason = next(iter(self.bad.items()))
+        raise DataError(f"no image can be used, e.g. {self._source.names[place]}: {reason}")
+
+    def reject(self, index: int, reason: str) -> None:
+        """Record a bad image. Raises DataError where that is asked for."""
+        if self._raise:
+            raise DataError(f"{self._source.names[index]}: {reason}")
+        self._cache.pop(index, None)
+        self.bad[index] = reason
+
+    def _remember(self, sample: Sample) -> None:
+        with self._lock:
+            self._cache_left -= len(sample.data)
+            if self._cache_left > 0:
+                self._cache[sample.index] = sample
+
+
+def open_loader(
+    kind: LoaderKind,
+    source: ImageSource,
+    recipe: Recipe,
+    order: Order,
+    *,
+    device: torch.device | str,
+    seed: int,
+    workers: int,
+    on_bad_image: OnBadImage = "skip",
+    first_step: int = 0,
+) -> Loader:
+    """Open a loader of `recipe`'s views of the images of `source` in `order`.
+
+    Args:
+        kind: "dali", "torch", or "auto" for DALI where it is installed.
+        seed: of the augmentations; the order has its own. Equal seeds, positions and images give equal views.
+        workers: threads (dali) or processes (torch) that decode; 0 means none beside the caller's where possible.
+        on_bad_image: "skip" puts the next good image in its place and records it, "raise" ends with DataError.
+        first_step: of the order; resuming there gives the same batches as running up to it.
+
+    Raises:
+        DataError: `kind` is "dali" and it is not installed.
+    """
+    if order.length != len(source):
+        raise ValueError(f"order: expected one of {len(source)} images as in source, got {order.length}")
+    if source.unreadable and on_bad_image == "raise":
+        name, reason = next(iter(source.unreadable.items()))
+        raise DataError(f"{name}: {reason}")
+    if kind == "auto":
+        kind = "dali" if _has_dali() else "torch"
+    arguments = (source, recipe, order, torch.device(device), seed, workers, on_bad_image, first_step)
+    if kind == "torch":
+        from reco_fast.pipelines.torch_loader import TorchLoader
+
+        return TorchLoader(*arguments)
+    if not _has_dali():
+        raise DataError("loader dali: expected NVIDIA DALI, it is not installed; pip install 'reco-fast[dali]'")
+    from reco_fast.pipelines.dali import DaliLoader
+
+    return DaliLoader(*arguments)
+
+
+def _has_dali() -> bool:
+    return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None

@@ -1,0 +1,136 @@
+"""The recipe by Pillow and torchvision, in worker processes: slower than DALI, and runs wherever PyTorch does."""
+
+from collections.abc import Iterator
+from itertools import count
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance, ImageFilter
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import functional
+
+from reco_fast.pipelines.augmentations import Recipe, ViewParameters, sample_parameters
+from reco_fast.pipelines.images import BadImage, decode_image
+from reco_fast.pipelines.loader import Batch, ImageReader, Loader, OnBadImage
+from reco_fast.pipelines.order import Order
+from reco_fast.pipelines.sources import DataError, ImageSource
+
+__all__ = ["TorchLoader", "render"]
+
+
+class TorchLoader(Loader):
+    """Whole batches made by `workers` processes (0: by the caller), sent as bytes and normalised on the device.
+    The batches do not depend on the number of workers."""
+
+    def __init__(
+        self,
+        source: ImageSource,
+        recipe: Recipe,
+        order: Order,
+        device: torch.device,
+        seed: int,
+        workers: int,
+        on_bad_image: OnBadImage,
+        first_step: int,
+    ) -> None:
+        super().__init__(source)
+        self._device = device
+        self._dtype = torch.float16 if device.type == "cuda" else torch.float32
+        mean, std = torch.tensor(recipe.mean), torch.tensor(recipe.std)
+        self._scale = (1 / (255 * std)).repeat(recipe.size).to(device)  # of a row of pixels, [3·S]
+        self._shift = (-mean / std).repeat(recipe.size).to(device)
+        steps = count(first_step) if order.steps is None else range(first_step, order.steps)
+        self._batches: Iterator[_Pixels] | None = iter(
+            DataLoader(
+                _Steps(source, recipe, order, seed, on_bad_image),
+                batch_size=None,  # an item of the data set is a batch
+                sampler=steps,
+                num_workers=workers,
+                pin_memory=device.type == "cuda",
+                prefetch_factor=2 if workers else None,
+            )
+        )
+
+    def __next__(self) -> Batch:
+        if self._batches is None:
+            raise StopIteration
+        pixels = next(self._batches)
+        if pixels.error:
+            raise DataError(pixels.error)
+        self._bad |= pixels.bad
+        return Batch(tuple(self._normalize(view) for view in pixels.views), pixels.indices)
+
+    def _normalize(self, view: Tensor) -> Tensor:
+        """[n, S, S, 3] bytes to [n, 3, S, S] channels-last floats."""
+        n, size = view.shape[:2]
+        rows = view.to(self._device, non_blocking=True).view(n * size, size * 3)
+        normal = torch.addcmul(self._shift, rows.float(), self._scale).to(self._dtype)
+        return normal.view(n, size, size, 3).permute(0, 3, 1, 2)
+
+    def close(self) -> None:
+        self._batches = None  # the DataLoader's iterator ends its workers as it goes
+
+
+class _Pixels(NamedTuple):
+    views: tuple[Tensor, ...]
+    indices: Tensor
+    bad: dict[int, str]
+    error: str  # a DataError's text; raised here it would arrive wrapped in the worker's traceback
+
+
+class _Steps(Dataset[_Pixels]):
+    """Batch `step`: each view [n, S, S, 3] uint8."""
+
+    def __init__(self, source: ImageSource, recipe: Recipe, order: Order, seed: int, on_bad_image: OnBadImage) -> None:
+        self._reader = ImageReader(source, on_bad_image)
+        self._recipe = recipe
+        self._order = order
+        self._seed = seed
+
+    def __getitem__(self, step: int) -> _Pixels:
+        recipe = self._recipe
+        positions, wanted = self._order.batch(step)
+        shape = (len(positions), recipe.size, recipe.size, 3)
+        views = tuple(np.empty(shape, np.uint8) for _ in recipe.views)
+        indices = np.empty_like(wanted)
+        try:
+            for row, (position, index) in enumerate(zip(positions.tolist(), wanted.tolist(), strict=True)):
+                indices[row], image = self._decode(index)
+                for number, view in enumerate(recipe.views):
+                    parameters = sample_parameters(view, number, self._seed, [position], [image.height], [image.width])
+                    views[number][row] = render(image, parameters, 0, recipe.size)
+        except DataError as error:
+            return _Pixels((), torch.empty(0), {}, str(error))
+        return _Pixels(
+            tuple(torch.from_numpy(view) for view in views), torch.from_numpy(indices), self._reader.bad.copy(), ""
+        )
+
+    def _decode(self, index: int) -> tuple[int, Image.Image]:
+        while True:
+            sample = self._reader.read(index)
+            try:
+                return sample.index, decode_image(sample.data)
+            except BadImage as error:
+                self._reader.reject(sample.index, str(error))
+
+
+def render(image: Image.Image, parameters: ViewParameters, row: int, size: int) -> np.ndarray:
+    """One view, [size, size, 3] uint8, of an RGB image, by row `row` of the parameters."""
+    p = parameters
+    top, left, height, width = int(p.top[row]), int(p.left[row]), int(p.height[row]), int(p.width[row])
+    view = image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BILINEAR)
+    if p.jitter[row]:
+        view = ImageEnhance.Brightness(view).enhance(float(p.brightness[row]))
+        view = ImageEnhance.Contrast(view).enhance(float(p.contrast[row]))
+        view = ImageEnhance.Color(view).enhance(float(p.saturation[row]))
+        if p.hue[row]:
+            view = functional.adjust_hue(view, float(p.hue[row]))
+    if p.grayscale[row]:
+        view = view.convert("L").convert("RGB")
+    if p.blur_sigma[row]:
+        view = view.filter(ImageFilter.GaussianBlur(float(p.blur_sigma[row])))
+    if p.flip[row]:
+        view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.asarray(view)
