@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from reco_fast.kernels.launch import choose_implementation
 from reco_fast.kernels.reference import ReCoLossOutput, is_off, reco_loss_sdpa, reco_loss_torch
 
 __all__ = ["Impl", "MixAnchor", "ReCoLoss", "ReCoLossOutput", "reco_loss"]
@@ -168,11 +169,19 @@ _SETTINGS = (
 
 def _implementation(impl: str, query: Tensor, bank: Tensor) -> Callable[..., ReCoLossOutput]:
     if impl == "auto":
-        impl = "sdpa"
+        impl = choose_implementation(len(query), len(bank), query.shape[1], bank.dtype, query.device)
     if impl == "torch":
         return reco_loss_torch
     if impl == "sdpa":
         return reco_loss_sdpa
+    if impl == "triton":
+        # Imported on first use: Triton exists for Linux only, and takes a second.
+        from reco_fast.kernels.relation_loss import reco_loss_triton, unsupported
+
+        reason = unsupported(query)
+        if reason is not None:
+            raise ValueError(f'impl: "triton" {reason}')
+        return reco_loss_triton
     raise ValueError(f'impl: expected "auto", "triton", "sdpa" or "torch", got {impl!r}')
 
 

@@ -1,0 +1,515 @@
+"""The ReCo loss and its gradient in one streaming pass over the memory banks, in Triton.
+
+Notation: q, m, k, v are the unit rows of `query`, `query_mix`, `key`, `key_weak`; A and B are `bank` and `bank_weak`,
+whose K rows a_j and b_j are unit too; τ, τ_s, τ_t are `temperature`, `student_temperature`, `teacher_temperature`.
+
+For a row x, a bank and a temperature, everything the loss needs of the K logits is what attention keeps:
+
+    lse(x, A, τ) = log Σ_j exp(⟨x, a_j⟩/τ)                          the log-sum-exp
+    O(x, A, τ)   = Σ_j exp(⟨x, a_j⟩/τ − lse) a_j                    attention with the bank as keys and as values
+    ∂lse/∂x      = O/τ
+
+Instance term: cross-entropy of [⟨q, k⟩, q·Aᵀ]/τ with the positive first. With z = lse(q, A, τ) − ⟨q, k⟩/τ,
+
+    loss         = softplus(z)
+    ∂loss/∂q     = sigmoid(z) · (O(q, A, τ) − k)/τ
+
+Local term: the same with (m, t) for (q, k), where a is q or k by `mix_anchor` and t is a constant:
+
+    t            = unit(λ·a + (1 − λ)·k[π])
+
+Global term: the teacher's p = softmax(v·Bᵀ/τ_t) is a constant, and Σ_j p_j ⟨q, b_j⟩ = ⟨q, O_t⟩, so
+
+    loss         = lse(q, B, τ_s) − ⟨q, O_t⟩/τ_s                    O_t = O(v, B, τ_t), O_s = O(q, B, τ_s)
+    ∂loss/∂q     = (O_s − O_t)/τ_s
+    entropy      = lse(v, B, τ_t) − ⟨v, O_t⟩/τ_t                    of the teacher; the divergence is loss − entropy
+
+Through the normalisation q = x/‖x‖ (a zero row stays zero, with zero gradient):
+
+    ∂/∂x         = (g − ⟨g, q⟩ q)/‖x‖                               g = ∂/∂q
+
+Unit rows bound every logit: ⟨x, a_j⟩/τ ≤ 1/τ. So 1/τ serves as the maximum that softmax subtracts, and no running
+maximum is needed while exp(−2/τ) is a normal float32 (τ ≥ 0.023).
+
+Four launches and no atomics, so the same inputs give the same bits:
+  1. `_unit_kernel`: the unit rows q, m and v, rounded to the bank's dtype.
+  2. `_attend_kernel`: lse and O of each (row tile, row set, bank split), as in flash-decoding: N is small, K is large.
+     The row sets are q|A, m|A, q|B and v|B. A bank tile is loaded once for both products. (Launched once more for the
+     rest of K when it is no multiple of the tile.)
+  3. `_combine_kernel`: joins a row's splits, then the formulas above.
+  4. `_mean_kernel`: the means over the batch, and the total.
+
+The products run in the bank's dtype with float32 sums: rows are rounded to it, and so are the exponentials before the
+second product. ⟨q, O_t⟩ and the positives use the rounded row as well, so that the value is exactly that of a nearby
+row, and O is divided by the sum of the *rounded* exponentials, so that its weights add up to 1.
+"""
+
+import math
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from reco_fast.kernels import launch
+from reco_fast.kernels.reference import ReCoLossOutput, is_off
+
+LOG2_E = math.log2(math.e)
+FIXED_MAXIMUM_TEMPERATURE = 0.023  # exp(−2/τ) is a normal float32 from here on
+INTERPRETED: bool = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 when the kernels below were defined
+
+# Which of `unit_rows` a row set reads.
+QUERY = tl.constexpr(0)
+MIX = tl.constexpr(1)
+TEACHER = tl.constexpr(2)
+
+
+@triton.jit
+def _unit(x):
+    """Rows of `x` (last axis) at length 1, and 1/‖x‖; both 0 for a zero row."""
+    square = tl.sum(x * x, axis=len(x.shape) - 1, keep_dims=True)
+    nonzero = square > 0
+    inverse = tl.where(nonzero, tl.rsqrt(tl.where(nonzero, square, 1.0)), 0.0)
+    return x * inverse, inverse
+
+
+@triton.jit
+def _low(x, DTYPE: tl.constexpr, EMULATE: tl.constexpr):
+    """float32 `x` in the dtype of the products. Triton's interpreter has no bfloat16 product and its casts truncate:
+    there, `x` stays float32 with its bits rounded to nearest even. Such values multiply exactly, as on a GPU."""
+    if EMULATE and DTYPE == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        return bits.to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def _number(x):
+    """A scalar argument that is either a number or a pointer to one (a schedule in a captured graph)."""
+    x = tl.to_tensor(x)
+    if x.dtype.is_ptr():
+        x = tl.load(x).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _unit_kernel(query, query_mix, key_weak, unit_rows, N, D: tl.constexpr, BLOCK_D: tl.constexpr,
+                 BLOCK_N: tl.constexpr, DTYPE: tl.constexpr, EMULATE: tl.constexpr):  # fmt: skip
+    """The unit rows of q, m and v into `unit_rows` [3, N, D], in the dtype of the products."""
+    which = tl.program_id(1)
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = tl.arange(0, BLOCK_D)
+    valid = (row < N)[:, None] & (column < D)[None, :]
+    offset = row[:, None] * D + column[None, :]
+    if which == QUERY:
+        raw = tl.load(query + offset, mask=valid, other=0.0).to(tl.float32)
+    elif which == MIX:
+        raw = tl.load(query_mix + offset, mask=valid, other=0.0).to(tl.float32)
+    else:
+        raw = tl.load(key_weak + offset, mask=valid, other=0.0).to(tl.float32)
+    unit, _ = _unit(raw)
+    tl.store(unit_rows + which * N * D + offset, _low(unit, DTYPE, EMULATE), mask=valid)
+
+
+@triton.jit
+def _attend_kernel(unit_rows, bank, bank_weak, partial_mean, partial_lse, N, K, split_length, first_split, splits,
+                   scale, student_scale, teacher_scale, BANK_STRIDE: tl.constexpr, BANK_WEAK_STRIDE: tl.constexpr,
+                   D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                   LOCAL: tl.constexpr, MASKED: tl.constexpr, ONLINE: tl.constexpr, EMULATE: tl.constexpr):  # fmt: skip
+    """Partial O [sets, N, splits, D] and lse [sets, N, splits] (base 2) of one row tile, row set and bank split.
+
+    The row sets are q|A, then m|A if LOCAL, then q|B and v|B: as many as the grid has. The scales are log₂e/τ.
+    MASKED allows any K; without it K is a multiple of BLOCK_K.
+    """
+    DTYPE: tl.constexpr = bank.dtype.element_ty
+    row_set = tl.program_id(1)
+    which = QUERY
+    stride = BANK_STRIDE
+    if LOCAL and row_set == 1:
+        which = MIX
+    if row_set > LOCAL:
+        bank = bank_weak
+        stride = BANK_WEAK_STRIDE
+        scale = student_scale
+    if row_set > LOCAL + 1:
+        which = TEACHER
+        scale = teacher_scale
+
+    first_row = tl.program_id(0) * BLOCK_N
+    row = tl.arange(0, BLOCK_N)
+    column = tl.arange(0, BLOCK_D)
+    row_valid = first_row + row < N
+    column_valid = (column < D)[None, :]
+    unit_rows += (which * N + first_row).to(tl.int64) * D
+    rows = tl.load(unit_rows + row[:, None] * D + column[None, :], mask=row_valid[:, None] & column_valid, other=0.0)
+
+    start = tl.program_id(2) * split_length
+    length = tl.minimum(K - start, split_length)
+    in_tile = tl.arange(0, BLOCK_K)
+    tile_ptrs = bank + start.to(tl.int64) * stride + in_tile[:, None] * stride + column[None, :]
+    peak = tl.full([BLOCK_N], -float("inf") if ONLINE else 1.0, tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)  # Σp
+    weight = tl.zeros([BLOCK_N, 16], tl.float32)  # Σp̂, with p̂ the p rounded for the second product
+    mean = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # Σp̂·a
+    for first in range(0, length, BLOCK_K):
+        if MASKED:
+            tile = tl.load(tile_ptrs, mask=(first + in_tile < length)[:, None] & column_valid, other=0.0)
+        elif D < BLOCK_D:
+            tile = tl.load(tile_ptrs, mask=column_valid, other=0.0)
+        else:
+            tile = tl.load(tile_ptrs)
+        tile_ptrs += BLOCK_K * stride
+        if EMULATE:
+            tile = tile.to(tl.float32)
+        logits = tl.dot(rows, tile.T, input_precision="tf32x3")
+        if MASKED:
+            logits = tl.where((first + in_tile < length)[None, :], logits, -float("inf"))
+        if ONLINE:
+            new_peak = tl.maximum(peak, tl.max(logits, axis=1))
+            shrink = tl.exp2((peak - new_peak) * scale)
+            total, weight, mean = total * shrink, weight * shrink[:, None], mean * shrink[:, None]
+            peak = new_peak
+            p = tl.exp2((logits - peak[:, None]) * scale)
+        else:
+            p = tl.exp2(logits * scale - scale)
+        total += tl.sum(p, axis=1)
+        p = _low(p, DTYPE, EMULATE)
+        if DTYPE != tl.float32:
+            # A product with ones sums what was rounded, at an eighth of the next product's cost.
+            weight = tl.dot(p, tl.full([BLOCK_K, 16], 1.0, p.dtype), weight)
+        mean = tl.dot(p, tile, mean, input_precision="tf32x3")
+
+    if DTYPE != tl.float32:
+        divisor = tl.sum(weight, axis=1) / 16  # 16 equal columns
+    else:
+        divisor = total
+    mean *= (1 / divisor)[:, None]
+    out = ((row_set * N + first_row) * splits + first_split + tl.program_id(2)).to(tl.int64)
+    tl.store(partial_lse + out + row * splits, peak * scale + tl.log2(total), mask=row_valid)
+    ptrs = partial_mean + out * D + row[:, None] * (splits * D) + column[None, :]
+    tl.store(ptrs, mean.to(partial_mean.dtype.element_ty), mask=row_valid[:, None] & column_valid)
+
+
+@triton.jit
+def _join(partial_mean, partial_lse, index, splits, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr):
+    """lse (base 2) and O [BLOCK_D] of one row of one set over all bank splits."""
+    split, column = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
+    lse = tl.load(partial_lse + index * splits + split, mask=split < splits, other=-float("inf"))
+    peak = tl.max(lse, axis=0)
+    share = tl.exp2(lse - peak)
+    total = tl.sum(share, axis=0)
+    ptrs = partial_mean + (index * splits + split)[:, None] * D + column[None, :]
+    mean = tl.load(ptrs, mask=(split < splits)[:, None] & (column < D)[None, :], other=0.0).to(tl.float32)
+    return peak + tl.log2(total), tl.sum(mean * (share / total)[:, None], axis=0)
+
+
+@triton.jit
+def _softplus(z):
+    """log(1 + exp(z)), accurate where it is small: log1p by Kahan's correction of log(1 + e)."""
+    e = tl.exp(-tl.abs(z))
+    u = 1.0 + e
+    log1p = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
+    return tl.maximum(z, 0.0) + log1p
+
+
+@triton.jit
+def _combine_kernel(query, query_mix, key, unit_rows, permutation, mix_ratio, partial_mean, partial_lse, row_losses,
+                    grad_query, grad_query_mix, N, splits, mix_ratio_stride, inverse_temperature,
+                    inverse_student_temperature, inverse_teacher_temperature, global_weight, local_weight,
+                    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, GLOBAL: tl.constexpr,
+                    LOCAL: tl.constexpr, ANCHOR_IS_QUERY: tl.constexpr):  # fmt: skip
+    """One row: its losses into `row_losses` [4, N], and ∂total/∂query and ∂total/∂query_mix [N, D]."""
+    LN_2: tl.constexpr = 0.6931471805599453
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK_D)
+    inside = column < D
+    here = row * D + column
+
+    q, q_inverse = _unit(tl.load(query + here, mask=inside, other=0.0).to(tl.float32))
+    k, _ = _unit(tl.load(key + here, mask=inside, other=0.0).to(tl.float32))
+    q_low = tl.load(unit_rows + QUERY * N * D + here, mask=inside, other=0.0).to(tl.float32)
+
+    # instance: softplus(z), sigmoid(z)(O − k)/τ
+    lse, mean = _join(partial_mean, partial_lse, row, splits, D, BLOCK_D, BLOCK_S)
+    z = lse * LN_2 - tl.sum(q_low * k, axis=0) * inverse_temperature
+    tl.store(row_losses + row, _softplus(z))
+    grad = (mean - k) * (tl.sigmoid(z) * inverse_temperature)
+
+    if GLOBAL:
+        lse_s, mean_s = _join(partial_mean, partial_lse, (1 + LOCAL) * N + row, splits, D, BLOCK_D, BLOCK_S)
+        lse_t, mean_t = _join(partial_mean, partial_lse, (2 + LOCAL) * N + row, splits, D, BLOCK_D, BLOCK_S)
+        v_low = tl.load(unit_rows + TEACHER * N * D + here, mask=inside, other=0.0).to(tl.float32)
+        # global: lse_s − ⟨q, O_t⟩/τ_s, (O_s − O_t)/τ_s; the teacher's entropy: lse_t − ⟨v, O_t⟩/τ_t
+        loss = lse_s * LN_2 - tl.sum(q_low * mean_t, axis=0) * inverse_student_temperature
+        entropy = lse_t * LN_2 - tl.sum(v_low * mean_t, axis=0) * inverse_teacher_temperature
+        tl.store(row_losses + N + row, loss)
+        tl.store(row_losses + 3 * N + row, entropy)
+        grad += (mean_s - mean_t) * (_number(global_weight) * inverse_student_temperature)
+
+    # through the normalisation, and the mean over the batch: (g − ⟨g, q⟩ q)/(‖x‖ N)
+    grad = (grad - tl.sum(grad * q, axis=0) * q) * (q_inverse / N)
+    tl.store(grad_query + here, grad, mask=inside)
+
+    if LOCAL:
+        lse, mean = _join(partial_mean, partial_lse, N + row, splits, D, BLOCK_D, BLOCK_S)
+        m, m_inverse = _unit(tl.load(query_mix + here, mask=inside, other=0.0).to(tl.float32))
+        m_low = tl.load(unit_rows + MIX * N * D + here, mask=inside, other=0.0).to(tl.float32)
+        # local target: t = unit(λ·a + (1 − λ)·k[π])
+        other = tl.load(permutation + row).to(tl.int64) * D + column
+        k_other, _ = _unit(tl.load(key + other, mask=inside, other=0.0).to(tl.float32))
+        ratio = _number(mix_ratio + row * mix_ratio_stride)
+        target, _ = _unit(ratio * (q if ANCHOR_IS_QUERY else k) + (1.0 - ratio) * k_other)
+        z = lse * LN_2 - tl.sum(m_low * target, axis=0) * inverse_temperature
+        tl.store(row_losses + 2 * N + row, _softplus(z))
+        grad = (mean - target) * (_number(local_weight) * tl.sigmoid(z) * inverse_temperature)
+        grad = (grad - tl.sum(grad * m, axis=0) * m) * (m_inverse / N)
+        tl.store(grad_query_mix + here, grad, mask=inside)
+
+
+@triton.jit
+def _row_mean(row_losses, N, BLOCK: tl.constexpr):
+    lanes = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, N, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        lanes += tl.load(row_losses + row, mask=row < N, other=0.0)
+    return tl.sum(lanes, axis=0) / N
+
+
+@triton.jit
+def _mean_kernel(row_losses, total, parts, N, global_weight, local_weight, GLOBAL: tl.constexpr,
+                 LOCAL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """`parts` [4] = means of instance, global, local, teacher entropy; `total` = their weighted sum."""
+    instance = _row_mean(row_losses, N, BLOCK)
+    loss = instance
+    global_relation = 0.0
+    local_relation = 0.0
+    entropy = 0.0
+    if GLOBAL:
+        global_relation = _row_mean(row_losses + N, N, BLOCK)
+        entropy = _row_mean(row_losses + 3 * N, N, BLOCK)
+        loss += _number(global_weight) * global_relation
+    if LOCAL:
+        local_relation = _row_mean(row_losses + 2 * N, N, BLOCK)
+        loss += _number(local_weight) * local_relation
+    tl.store(total, loss)
+    tl.store(parts, instance)
+    tl.store(parts + 1, global_relation)
+    tl.store(parts + 2, local_relation)
+    tl.store(parts + 3, entropy)
+
+
+def _forward(
+    query: Tensor,
+    query_mix: Tensor | None,
+    key: Tensor,
+    key_weak: Tensor | None,
+    bank: Tensor,
+    bank_weak: Tensor | None,
+    permutation: Tensor | None,
+    mix_ratio: float,
+    mix_ratio_tensor: Tensor | None,
+    temperature: float,
+    student_temperature: float,
+    teacher_temperature: float,
+    global_weight: float,
+    global_weight_tensor: Tensor | None,
+    local_weight: float,
+    local_weight_tensor: Tensor | None,
+    anchor_is_query: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`total` [], `parts` [4], and the gradients of `total` for query and query_mix, float32 [N, D] ([0] if off).
+
+    A term is off when its tensors are None. A tensor beside a number replaces it.
+    """
+    rows, width = query.shape
+    length = len(bank)
+    has_global, has_local = bank_weak is not None, query_mix is not None
+    plan = launch.plan(rows, length, width, 1 + has_local + 2 * has_global, bank.dtype, query.device)
+    temperatures = (temperature, student_temperature, teacher_temperature) if has_global else (temperature,)
+    weights = (
+        global_weight if global_weight_tensor is None else global_weight_tensor,
+        local_weight if local_weight_tensor is None else local_weight_tensor,
+    )
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=query.device)
+
+    # An absent tensor is replaced by one that no kernel reads.
+    query, key, bank = query.contiguous(), key.contiguous(), _row_major(bank)
+    query_mix = query if query_mix is None else query_mix.contiguous()
+    key_weak = key if key_weak is None else key_weak.contiguous()
+    # One kernel reads both banks, so they share a dtype.
+    bank_weak = bank if bank_weak is None else _row_major(bank_weak.to(bank.dtype))
+    permutation = key if permutation is None else permutation.contiguous()
+    unit_rows = new(3, rows, width, dtype=torch.float32 if INTERPRETED else bank.dtype)
+    partial_mean = new(plan.sets, rows, plan.splits, width, dtype=plan.partial_dtype)
+    partial_lse = new(plan.sets, rows, plan.splits)
+    row_losses = new(4, rows)
+    total, parts = new(), new(4)
+    grad_query, grad_query_mix = new(rows, width), new(rows, width) if has_local else new(0)
+
+    with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
+        _unit_kernel[(triton.cdiv(rows, 16), 3)](
+            query,
+            query_mix,
+            key_weak,
+            unit_rows,
+            rows,
+            D=width,
+            BLOCK_D=plan.block_d,
+            BLOCK_N=16,
+            DTYPE=tl.bfloat16 if bank.dtype == torch.bfloat16 else tl.float32,
+            EMULATE=INTERPRETED,
+            num_warps=4,
+        )
+        # Whole bank tiles, then what is left of them: a mask in the first launch's loop costs 20 to 50 registers.
+        for part in plan.parts:
+            _attend_kernel[(plan.row_tiles, plan.sets, part.splits)](
+                unit_rows,
+                bank[part.start :],
+                bank_weak[part.start :],
+                partial_mean,
+                partial_lse,
+                rows,
+                part.length,
+                part.split_length,
+                part.first_split,
+                plan.splits,
+                LOG2_E / temperature,
+                LOG2_E / student_temperature,
+                LOG2_E / teacher_temperature,
+                BANK_STRIDE=bank.stride(0),
+                BANK_WEAK_STRIDE=bank_weak.stride(0),
+                D=width,
+                BLOCK_D=plan.block_d,
+                BLOCK_N=plan.tile.rows,
+                BLOCK_K=plan.tile.bank_rows,
+                LOCAL=has_local,
+                MASKED=part.masked,
+                ONLINE=min(temperatures) < FIXED_MAXIMUM_TEMPERATURE,
+                EMULATE=INTERPRETED,
+                num_warps=plan.tile.warps,
+                num_stages=plan.tile.stages,
+            )
+        _combine_kernel[(rows,)](
+            query,
+            query_mix,
+            key,
+            unit_rows,
+            permutation,
+            mix_ratio if mix_ratio_tensor is None else mix_ratio_tensor,
+            partial_mean,
+            partial_lse,
+            row_losses,
+            grad_query,
+            grad_query_mix,
+            rows,
+            plan.splits,
+            0 if mix_ratio_tensor is None or mix_ratio_tensor.dim() == 0 else mix_ratio_tensor.stride(0),
+            1 / temperature,
+            1 / student_temperature,
+            1 / teacher_temperature,
+            *weights,
+            D=width,
+            BLOCK_D=plan.block_d,
+            BLOCK_S=triton.next_power_of_2(plan.splits),
+            GLOBAL=has_global,
+            LOCAL=has_local,
+            ANCHOR_IS_QUERY=anchor_is_query,
+            num_warps=4,
+        )
+        _mean_kernel[(1,)](row_losses, total, parts, rows, *weights, has_global, has_local, BLOCK=1024, num_warps=4)
+    return total, parts, grad_query, grad_query_mix
+
+
+def _row_major(bank: Tensor) -> Tensor:
+    """`bank` itself when its rows are contiguous; the stride between rows may be anything."""
+    return bank if bank.stride(1) == 1 else bank.contiguous()
+
+
+_relation_loss = torch.library.custom_op("reco_fast::relation_loss", _forward, mutates_args=())
+
+
+@_relation_loss.register_fake
+def _(query: Tensor, query_mix: Tensor | None, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def new(shape: tuple[int, ...]) -> Tensor:
+        return query.new_empty(shape, dtype=torch.float32)
+
+    return new(()), new((4,)), new(tuple(query.shape)), new((0,) if query_mix is None else tuple(query.shape))
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, _, grad_query, grad_query_mix = output
+    ctx.save_for_backward(grad_query, grad_query_mix)
+    ctx.dtypes = inputs[0].dtype, None if inputs[1] is None else inputs[1].dtype
+
+
+def _backward(ctx, grad_total: Tensor, *_: object) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    """The gradients are there already: they are only scaled."""
+    grad_query, grad_query_mix = ctx.saved_tensors
+    dtype, mix_dtype = ctx.dtypes
+    grads = (
+        (grad_query * grad_total).to(dtype) if ctx.needs_input_grad[0] else None,
+        (grad_query_mix * grad_total).to(mix_dtype) if mix_dtype is not None and ctx.needs_input_grad[1] else None,
+    )
+    return *grads, *[None] * (len(ctx.needs_input_grad) - 2)
+
+
+_relation_loss.register_autograd(_backward, setup_context=_setup_context)
+
+
+def reco_loss_triton(
+    query: Tensor,
+    query_mix: Tensor,
+    key: Tensor,
+    key_weak: Tensor,
+    bank: Tensor,
+    bank_weak: Tensor,
+    permutation: Tensor,
+    mix_ratio: float | Tensor,
+    *,
+    temperature: float,
+    student_temperature: float,
+    teacher_temperature: float,
+    global_weight: float | Tensor,
+    local_weight: float | Tensor,
+    mix_anchor: str,
+) -> ReCoLossOutput:
+    """The loss and its gradients in O(N·D·splits) memory, four kernels. Arguments as in `reco_fast.reco_loss`.
+
+    D is at most 256. Products run in the banks' dtype: bfloat16, or float32 by three TF32 products (`tf32x3`).
+    """
+    has_global, has_local = not is_off(global_weight), not is_off(local_weight)
+    total, parts, _, _ = _relation_loss(
+        query,
+        query_mix if has_local else None,
+        key.detach(),
+        key_weak.detach() if has_global else None,
+        bank.detach(),
+        bank_weak.detach() if has_global else None,
+        permutation if has_local else None,
+        *_number_and_tensor(mix_ratio),
+        temperature,
+        student_temperature,
+        teacher_temperature,
+        *_number_and_tensor(global_weight),
+        *_number_and_tensor(local_weight),
+        mix_anchor == "query",
+    )
+    return ReCoLossOutput(total, *parts.detach().unbind())
+
+
+def unsupported(query: Tensor) -> str | None:
+    """Why the kernels cannot take these rows [N, D], if they cannot."""
+    if not (query.is_cuda or INTERPRETED):
+        return f"expected tensors on a GPU, got {query.device}"
+    if query.shape[1] > launch.WIDEST:
+        return f"expected D of at most {launch.WIDEST}, got {query.shape[1]}"
+    return None
+
+
+def _number_and_tensor(x: float | Tensor) -> tuple[float, Tensor | None]:
+    """An operator's argument has one type, so a number and a tensor take two places."""
+    return (0.0, x.detach()) if isinstance(x, Tensor) else (float(x), None)
