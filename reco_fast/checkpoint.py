@@ -53,19 +53,13 @@ def load(path: Path, state: TrainState) -> dict[str, Any]:
     Raises ConfigError, with `state` untouched, where the file is damaged or belongs to another model.
     """
     tensors, header = read(path)
-    expected = _tensors(state, with_momentum=False)
-    momentum = {f"optimizer.{name}": p for name, p in state.student.named_parameters()}
-    for name, value in {**expected, **{n: p for n, p in momentum.items() if n in tensors}}.items():
+    for name, value in _tensors(state).items():
         if name not in tensors or tensors[name].shape != value.shape or tensors[name].dtype != value.dtype:
             found = f"{tensors[name].dtype} {list(tensors[name].shape)}" if name in tensors else "nothing"
             raise ConfigError(f"{path}: expected {name} as {value.dtype} {list(value.shape)}, got {found}")
     with torch.no_grad():
-        for name, value in expected.items():
+        for name, value in _tensors(state).items():
             value.copy_(tensors[name])
-        for name, parameter in momentum.items():
-            if name in tensors:
-                buffer = torch.empty_like(parameter).copy_(tensors[name])
-                state.optimizer.state[parameter]["momentum_buffer"] = buffer
     state.scaler.load_state_dict(header["scaler"])
     state.step = int(header["step"])
     return header["progress"]
@@ -99,15 +93,12 @@ def load_encoder(path: Path, encoder: nn.Module, which: str) -> None:
         ) from None
 
 
-def _tensors(state: TrainState, with_momentum: bool = True) -> dict[str, Tensor]:
+def _tensors(state: TrainState) -> dict[str, Tensor]:
     named: dict[str, Tensor] = {}
     for prefix, module in (("student", state.student), ("teacher", state.teacher), ("bank", state.bank)):
         named |= {f"{prefix}.{name}": value for name, value in module.state_dict().items()}
-    if with_momentum:
-        for name, parameter in state.student.named_parameters():
-            buffer = state.optimizer.state.get(parameter, {}).get("momentum_buffer")
-            if buffer is not None:
-                named[f"optimizer.{name}"] = buffer
+    for name, parameter in state.student.named_parameters():
+        named[f"optimizer.{name}"] = state.optimizer.state[parameter]["momentum_buffer"]
     return named
 
 

@@ -20,9 +20,15 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         {"params": vectors, "weight_decay": config.weight_decay if config.decay_all else 0.0, "adapt": False},
     ]
     groups = [group for group in groups if group["params"]]
+    optimizer: torch.optim.Optimizer
     if config.name == "lars":
-        return LARS(groups, lr=config.lr, momentum=config.momentum)
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+        optimizer = LARS(groups, lr=config.lr, momentum=config.momentum)
+    else:
+        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+    # Zeros from the start: where the scaler skips the very first step, fused SGD would keep uninitialised memory.
+    for parameter in parameters:
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 class LARS(torch.optim.Optimizer):
@@ -48,12 +54,7 @@ class LARS(torch.optim.Optimizer):
                 scales = torch.stack(torch._foreach_norm(weights)), torch.stack(torch._foreach_norm(updates))
                 trust = torch.where((scales[0] > 0) & (scales[1] > 0), group["trust"] * scales[0] / scales[1], 1.0)
                 torch._foreach_mul_(updates, list(trust.unbind()))
-            buffers = []
-            for weight in weights:
-                state = self.state[weight]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(weight)
-                buffers.append(state["momentum_buffer"])
+            buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in weights]
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, updates)
             torch._foreach_add_(weights, buffers, alpha=-group["lr"])

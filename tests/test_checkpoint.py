@@ -1,0 +1,87 @@
+"""A checkpoint gives back what was saved, and refuses what is not one."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from reco_fast import checkpoint
+from reco_fast.config import Config, ConfigError, ModelConfig, TrainConfig
+from reco_fast.state import TrainState, build_state
+from reco_fast.step import draw, scheduled, train_step
+
+CONFIG = Config(
+    model=ModelConfig(arch="timm/test_resnet", bank_size=64, projection_dim=16),
+    train=TrainConfig(batch_size=8, precision="fp32"),
+)
+
+
+def trained(steps: int, seed: int = 0) -> TrainState:
+    state = build_state(CONFIG, torch.device("cpu"))
+    go_on(state, steps, seed)
+    return state
+
+
+def go_on(state: TrainState, steps: int, seed: int = 0) -> None:
+    for _ in range(steps):
+        torch.manual_seed(100 * seed + state.step)
+        views = tuple(torch.randn(8, 3, 32, 32).contiguous(memory_format=torch.channels_last) for _ in range(3))
+        train_step(state, CONFIG, views, draw(state.step, 8, CONFIG, state.device), scheduled(state.step, 10, CONFIG))
+
+
+def test_training_goes_on_from_a_checkpoint_bit_for_bit(tmp_path: Path) -> None:
+    straight = trained(5)
+    checkpoint.save(trained(3), tmp_path, progress={"note": [0.1, None]})
+    resumed = build_state(CONFIG, torch.device("cpu"))
+    assert checkpoint.load(checkpoint.latest(tmp_path), resumed) == {"note": [0.1, None]}
+    assert resumed.step == 3
+    go_on(resumed, 2)
+    for a, b in ((straight.student, resumed.student), (straight.teacher, resumed.teacher), (straight.bank, resumed.bank)):
+        for name, value in a.state_dict().items():
+            assert torch.equal(value, b.state_dict()[name]), name
+
+
+def test_the_two_newest_are_kept_and_no_temporary_file(tmp_path: Path) -> None:
+    state = trained(0)
+    for step in (1, 2, 10):
+        state.step = step
+        checkpoint.save(state, tmp_path, progress={})
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-000000002.safetensors", "step-000000010.safetensors"]
+    assert checkpoint.latest(tmp_path).name == "step-000000010.safetensors"
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped byte", "not a checkpoint", "pickle", "other format", "missing"])
+def test_damaged_or_foreign_files_are_refused_and_change_nothing(tmp_path: Path, damage: str) -> None:
+    path = checkpoint.save(trained(1), tmp_path, progress={})
+    data = bytearray(path.read_bytes())
+    if damage == "truncated":
+        path.write_bytes(data[:-100])
+    elif damage == "flipped byte":
+        data[-1000] ^= 1
+        path.write_bytes(data)
+    elif damage == "not a checkpoint":
+        path.write_text("hello")
+    elif damage == "pickle":
+        trap = tmp_path / "trap"
+        path.write_bytes(b"cos\nsystem\n(S'touch " + bytes(trap) + b"'\ntR.")
+    elif damage == "other format":
+        save_file({"x": torch.zeros(1)}, path, metadata={"reco_fast": json.dumps({"format": 99})})
+    else:
+        path.unlink()
+    state = trained(0)
+    before = {name: value.clone() for name, value in state.student.state_dict().items()}
+    with pytest.raises(ConfigError) as caught:
+        checkpoint.load(path, state)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "trap").exists()
+    assert all(torch.equal(value, before[name]) for name, value in state.student.state_dict().items())
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    path = checkpoint.save(trained(0), tmp_path, progress={})
+    other = Config(model=ModelConfig(arch="timm/test_resnet", bank_size=128, projection_dim=16), train=CONFIG.train)
+    with pytest.raises(ConfigError, match=r"bank\.keys"):
+        checkpoint.load(path, build_state(other, torch.device("cpu")))
