@@ -280,4 +280,4 @@ def _scramble(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 def _unit(bits: NDArray[np.uint64]) -> Float64Array:
     """Uniform in [0, 1), from the upper 53 bits."""
-    return (bits >> np.uint64(11)) * 2.0**-53
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53

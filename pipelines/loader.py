@@ -67,7 +67,7 @@ class Loader(ABC):
 class Sample(NamedTuple):
     """An image as read: `data` is an ordinary JPEG or a PPM, `height` and `width` are of the upright image."""
 
-    index: int
+    place: int
     data: bytes
     height: int
     width: int
@@ -123,7 +123,7 @@ class ImageReader:
         with self._lock:
             self._cache_left -= len(sample.data)
             if self._cache_left > 0:
-                self._cache[sample.index] = sample
+                self._cache[sample.place] = sample
 
 
 def open_loader(

@@ -280,7 +280,7 @@ def _index_shard(path: Path) -> tuple[list[_Member], str]:
     with tarfile.open(path, "r:") as tar, open(path, "rb") as file:
         try:
             for member in tar:
-                tar.members = []  # or it keeps every header
+                tar.members = []  # type: ignore[attr-defined]  # or it keeps every header
                 folder, _, base = member.name.rpartition("/")
                 stem, _, extension = base.partition(".")
                 key, extension = f"{folder}/{stem}", f".{extension.lower()}"

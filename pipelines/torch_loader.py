@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageFilter
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -13,7 +14,7 @@ from torchvision.transforms import functional
 
 from reco_fast.pipelines.augmentations import Recipe, ViewParameters, sample_parameters
 from reco_fast.pipelines.images import BadImage, decode_image
-from reco_fast.pipelines.loader import Batch, ImageReader, Loader, OnBadImage
+from reco_fast.pipelines.loader import Batch, ImageReader, Loader, OnBadImage, Sample
 from reco_fast.pipelines.order import Order
 from reco_fast.pipelines.sources import DataError, ImageSource
 
@@ -90,33 +91,41 @@ class _Steps(Dataset[_Pixels]):
         self._seed = seed
 
     def __getitem__(self, step: int) -> _Pixels:
-        recipe = self._recipe
         positions, wanted = self._order.batch(step)
-        shape = (len(positions), recipe.size, recipe.size, 3)
-        views = tuple(np.empty(shape, np.uint8) for _ in recipe.views)
-        indices = np.empty_like(wanted)
+        places = np.empty_like(wanted)
+        size = self._recipe.size
+        views = [np.empty((len(wanted), size, size, 3), np.uint8) for _ in self._recipe.views]
         try:
-            for row, (position, index) in enumerate(zip(positions.tolist(), wanted.tolist(), strict=True)):
-                indices[row], image = self._decode(index)
-                for number, view in enumerate(recipe.views):
-                    parameters = sample_parameters(view, number, self._seed, [position], [image.height], [image.width])
-                    views[number][row] = render(image, parameters, 0, recipe.size)
+            samples = [self._reader.read(index) for index in wanted.tolist()]
+            parameters = self._parameters(positions, samples)
+            for row, sample in enumerate(samples):
+                drawn, at = parameters, row
+                while (image := self._decode(sample)) is None:
+                    sample = self._reader.read(sample.place)
+                    drawn, at = self._parameters(positions[row : row + 1], [sample]), 0
+                places[row] = sample.place
+                for view, p in zip(views, drawn, strict=True):
+                    view[row] = render(image, p, at, size)
         except DataError as error:
             return _Pixels((), torch.empty(0), {}, str(error))
-        return _Pixels(
-            tuple(torch.from_numpy(view) for view in views), torch.from_numpy(indices), self._reader.bad.copy(), ""
-        )
+        return _Pixels(tuple(map(torch.from_numpy, views)), torch.from_numpy(places), self._reader.bad.copy(), "")
 
-    def _decode(self, index: int) -> tuple[int, Image.Image]:
-        while True:
-            sample = self._reader.read(index)
-            try:
-                return sample.index, decode_image(sample.data)
-            except BadImage as error:
-                self._reader.reject(sample.index, str(error))
+    def _parameters(self, positions: NDArray[np.int64], samples: list[Sample]) -> list[ViewParameters]:
+        heights, widths = [sample.height for sample in samples], [sample.width for sample in samples]
+        return [
+            sample_parameters(view, number, self._seed, positions, heights, widths)
+            for number, view in enumerate(self._recipe.views)
+        ]
+
+    def _decode(self, sample: Sample) -> Image.Image | None:
+        try:
+            return decode_image(sample.data)
+        except BadImage as error:
+            self._reader.reject(sample.place, str(error))
+            return None
 
 
-def render(image: Image.Image, parameters: ViewParameters, row: int, size: int) -> np.ndarray:
+def render(image: Image.Image, parameters: ViewParameters, row: int, size: int) -> NDArray[np.uint8]:
     """One view, [size, size, 3] uint8, of an RGB image, by row `row` of the parameters."""
     p = parameters
     top, left, height, width = int(p.top[row]), int(p.left[row]), int(p.height[row]), int(p.width[row])
