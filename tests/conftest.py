@@ -1,5 +1,6 @@
 """Shared fixtures, and `pytest --benchmark`: plain `pytest` runs every check without timing."""
 
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -13,3 +14,34 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.option.benchmark_disable = not config.getoption("--benchmark")
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """64 photographs of about 500 × 375 pixels in one folder, without classes."""
+    archive = SHARED / "imagenet-sample-jpeg.tar"
+    if not archive.is_file():
+        pytest.skip(f"the test photographs are not at {archive}")
+    folder = tmp_path_factory.mktemp("photographs")
+    with tarfile.open(archive) as tar:
+        members = [member for member in tar if member.isfile()]
+        tar.extractall(folder, members[:64], filter="data")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 CIFAR-10 images of 32 × 32 pixels as JPEG, in a folder for each of the ten classes."""
+    archive = SHARED / "cifar10-jpeg.tar.gz"
+    if not archive.is_file():
+        pytest.skip(f"the CIFAR-10 images are not at {archive}")
+    folder = tmp_path_factory.mktemp("cifar")
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            _, split, label, name = (3 * [""] + member.name.split("/"))[-4:]
+            if member.isfile() and split == "train" and int(Path(name).stem) < 30:
+                (folder / label).mkdir(exist_ok=True)
+                content = tar.extractfile(member)
+                assert content is not None
+                (folder / label / name).write_bytes(content.read())
+    return folder
