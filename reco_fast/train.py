@@ -51,14 +51,16 @@ def train(preset: str, config: Config) -> int:
         config, source, labelled = open_data(config)
         state = build_state(config, device)
         folder, resume_from = run_folder.choose(config, preset)
-        if (done := run_folder.finished(folder)) is not None:
-            print(f"{folder}: this run is finished ({done})")
+        run = Run(config, source, labelled, folder, epoch_steps=len(source) / config.train.batch_size)
+        done = run_folder.finished(folder)
+        if done is not None and done["steps"] >= run.stop_at:
+            if distributed.rank() == 0:
+                print(f"{folder} is finished: {done}")
             return 0
         progress = Progress() if resume_from is None else Progress(**checkpoint.load(resume_from, state))
         writes = distributed.rank() == 0
         if writes:
             run_folder.create(folder, config)
-        run = Run(config, source, labelled, folder, epoch_steps=len(source) / config.train.batch_size)
         order = TrainingOrder(
             len(source),
             config.train.batch_size,

@@ -1,0 +1,56 @@
+"""What a run reports."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from reco_fast.metrics import Meter, RunLog
+
+
+def test_log_drops_what_came_after_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = {"loss": 1.0, "images_per_second": 10.0, "data_wait_fraction": 0.1, "lr": 0.1}
+    with RunLog(tmp_path, total_steps=40, first_step=0) as log:
+        log.evaluation(0, 0.0, 10.0)
+        for step in (10, 20, 30):
+            log.train({"step": step, "epoch": step / 10} | values)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "st')  # cut short by a kill
+    with RunLog(tmp_path, total_steps=40, first_step=20) as log:
+        log.train({"step": 30, "epoch": 3.0} | values)
+        log.bad_images({"b.jpg": "empty", "a b.jpg": "no JPEG"})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["kind"], line["step"]) for line in lines] == [
+        ("eval", 0),
+        ("train", 10),
+        ("train", 20),
+        ("train", 30),
+    ]
+    assert (tmp_path / "bad_images.txt").read_text() == "a b.jpg\tno JPEG\nb.jpg\tempty\n"
+    assert "step 30" in capsys.readouterr().out
+    assert os.listdir(tmp_path / "tensorboard")
+
+
+def test_a_rank_without_a_folder_reports_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with RunLog(None, total_steps=4, first_step=0) as log:
+        log.say("hello")
+        log.train({"step": 1})
+        log.end({})
+    assert capsys.readouterr().out == ""
+
+
+def test_meter_counts_waiting_and_forgets_what_is_not_training() -> None:
+    meter = Meter()
+    time.sleep(0.2)
+    meter.restart()
+    with meter.waiting():
+        time.sleep(0.03)
+    time.sleep(0.03)
+    meter.add(12)
+    rate, waited = meter.read()
+    assert meter.images == 12
+    assert 0.06 <= meter.seconds < 0.2
+    assert rate == pytest.approx(12 / meter.seconds)
+    assert 0.2 < waited < 0.9

@@ -1,0 +1,182 @@
+"""The command: what it writes, that it goes on exactly, and what it refuses."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from reco_fast import cli, train
+
+SMALL = (
+    "--model.arch timm/test_resnet --model.stem standard --model.bank-size 32 --model.projection-dim 16 "
+    "--train.batch-size 16 --train.device cpu --run.log-every 2"
+).split()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """56 labelled JPEGs to train on and 16 held out, two classes by colour."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 28), ("val", 8)):
+        for number, name in enumerate(("dark", "light")):
+            (root / split / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = rng.integers(128 * number, 128 * number + 128, size=(40, 36, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{index}.jpg")
+    return root
+
+
+def command(*arguments: object) -> tuple[str, object]:
+    return train.parse([str(argument) for argument in arguments])
+
+
+def run(images: Path, folder: Path, *arguments: object) -> list[dict[str, object]]:
+    """Train in this process and return the lines of metrics.jsonl."""
+    data = ["--data.path", images / "train", "--run.dir", folder]
+    assert train.train(*command("cifar10", *data, *SMALL, *arguments)) == 0
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("loader", ["dali", "torch"])
+def test_a_run_leaves_what_the_contract_says(
+    images: Path, tmp_path: Path, loader: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali")
+    folder = tmp_path / "run"
+    lines = run(images, folder, "--train.epochs", 2, "--data.val-path", images / "val", "--data.loader", loader)
+    assert [line["kind"] for line in lines] == ["eval", "train", "train", "train", "train", "eval", "end"]
+    assert {
+        "step", "epoch", "loss", "loss_instance", "loss_global", "loss_local", "teacher_entropy", "lr",
+        "images_per_second", "data_wait_fraction",
+    } <= set(lines[1])  # fmt: skip
+    assert lines[1]["loss"] == pytest.approx(
+        lines[1]["loss_instance"] + lines[1]["loss_global"] + 2 * lines[1]["loss_local"], rel=1e-5
+    )
+    end = lines[-1]
+    assert set(end) - {"kind"} == {
+        "epochs", "steps", "seconds", "images_per_second", "knn_top1_initial", "knn_top1",
+    }  # fmt: skip
+    assert end["steps"] == 7
+    assert end["epochs"] == 2
+    assert 0 <= end["knn_top1"] <= 100
+    for name in ("config.json", "environment.json", "checkpoints/step-000000007.safetensors", "tensorboard"):
+        assert (folder / name).exists(), name
+    assert not (folder / "bad_images.txt").exists()
+    shown = capsys.readouterr()
+    assert "step 7" in shown.out
+    assert "Warning" not in shown.err
+
+
+def test_images_without_labels_train(images: Path, tmp_path: Path) -> None:
+    flat = tmp_path / "flat" / "deeper"
+    flat.mkdir(parents=True)
+    for index, path in enumerate(sorted((images / "train").rglob("*.jpg"))):
+        shutil.copy(path, flat / f"{index} ä.jpg")
+    (flat / "bad.jpg").write_text("not an image")
+    data = ["--data.path", tmp_path / "flat", "--run.dir", tmp_path / "run", "--loss.objective", "moco"]
+    assert train.train(*command("cifar10", *data, *SMALL, "--train.epochs", 2)) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["knn_top1"] is None
+    assert lines[-2]["kind"] == "eval"
+    assert (tmp_path / "run" / "bad_images.txt").read_text().startswith("deeper/bad.jpg\t")
+
+
+@pytest.mark.parametrize("loader", ["dali", "torch"])
+def test_a_run_goes_on_in_the_middle_of_an_epoch_bit_for_bit(images: Path, tmp_path: Path, loader: str) -> None:
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali")
+    options = ("--train.epochs", 2, "--data.loader", loader)
+    straight = run(images, tmp_path / "straight", *options)
+    run(images, tmp_path / "parts", *options, "--train.max-steps", 3)
+    resumed = run(images, tmp_path / "parts", *options)
+    name = "checkpoints/step-000000007.safetensors"
+    first, second = (load_file(tmp_path / part / name) for part in ("straight", "parts"))
+    assert set(first) == set(second)
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+    assert straight[-3]["loss"] == resumed[-3]["loss"]
+    assert [line["kind"] for line in resumed].count("end") == 1
+
+
+def test_a_finished_run_is_left_alone(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(images, tmp_path / "run", "--train.max-steps", 1)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    run(images, tmp_path / "run", "--train.max-steps", 1)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    assert "is finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.path", "{tmp}/missing"], "missing"),
+        (["--data.path", "{tmp}/empty"], "empty"),
+        (["--data.path", "{tmp}/texts"], "texts"),
+        (["--data.path", "{images}", "--model.arch", "resnet5o"], "--model.arch"),
+        (["--data.path", "{images}", "--train.batch-size", "512", "--model.bank-size", "512"], "--train.batch-size"),
+        (["--data.path", "{images}", "--model.bank-size", "8"], "--model.bank-size"),
+        (["--data.path", "{images}", "--train.device", "cuda"], "--train.device"),
+        (["--data.path", "{images}", "--run.dir", "/proc/reco_fast_run"], "--run.dir"),
+        (["--data.path", "{images}", "--data.val-path", "{tmp}/missing"], "missing"),
+        (["--data.path", "{images}", "--model.key-norm", "shuffle"], "--model.key-norm"),
+        (["--data.path", "{images}", "--model.key-norm", "split", "--model.norm-groups", "9"], "--model.norm-groups"),
+        ([], "--data.path"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(
+    arguments: list[str],
+    message: str,
+    images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if message == "--train.device" and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA, so asking for it is no mistake")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("hello")
+    monkeypatch.chdir(tmp_path)
+    filled = [a.format(tmp=tmp_path, images=images / "train") for a in arguments]
+    given = ["cifar10", *SMALL, *filled]
+    given += [] if "--run.dir" in given else ["--run.dir", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", ["train", *given])
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    assert stop.value.code == 2
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert shown.err.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "texts"]
+
+
+def test_errors_of_the_program_itself_are_not_hidden() -> None:
+    with pytest.raises(ZeroDivisionError):
+        cli.run(lambda: 1 // 0)
+
+
+def test_two_ranks_train_under_torchrun(images: Path, tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = ["-m", "reco_fast.train", "cifar10", "--data.path", images / "train", "--data.val-path", images / "val"]
+    options = ["--run.dir", tmp_path / "run", "--train.epochs", "2", "--model.key-norm", "shuffle"]
+    done = subprocess.run(
+        [str(part) for part in (*launcher, *arguments, *SMALL, *options)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    end = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert end["steps"] == 7
+    assert done.stdout.count("step 7") == 1
