@@ -107,5 +107,5 @@ def _crc32(tensors: dict[str, Tensor]) -> int:
     crc = 0
     for name in sorted(tensors):
         value = tensors[name].contiguous().reshape(-1)
-        crc = zlib.crc32(value.view(torch.uint8).numpy(), zlib.crc32(name.encode(), crc))
+        crc = zlib.crc32(value.view(torch.uint8).numpy().data, zlib.crc32(name.encode(), crc))
     return crc

@@ -235,7 +235,7 @@ class Config:
                 raise ConfigError(f"config.json: expected section {section.name!r} with the fields {sorted(names)}")
             fields = {k: Path(v) if k in _PATHS and v is not None else v for k, v in given.items()}
             try:
-                sections[section.name] = kind(**fields)  # type: ignore[misc,operator]
+                sections[section.name] = kind(**fields)  # type: ignore[operator]
             except TypeError as error:
                 raise ConfigError(
                     f"config.json: section {section.name!r} has a value of a wrong type: {error}"

@@ -45,6 +45,24 @@ def all_gather(rows: Tensor) -> Tensor:
     return gathered
 
 
+def all_gather_uneven(rows: Tensor) -> Tensor:
+    """`all_gather` where the number of rows may differ from rank to rank."""
+    if world_size() == 1:
+        return rows
+    counts = all_gather(torch.tensor([len(rows)], device=rows.device)).tolist()
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    gathered = all_gather(padded).view(len(counts), max(counts), *rows.shape[1:])
+    return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
+
+
+def gather_lines(lines: list[str], device: torch.device) -> list[str]:
+    """The lines of all ranks, sorted, each once."""
+    text = "\n".join(lines) + "\n" if lines else ""
+    joined = all_gather_uneven(torch.tensor(list(text.encode()), dtype=torch.uint8, device=device))
+    return sorted(set(bytes(joined.tolist()).decode().splitlines()))
+
+
 def sum_over_ranks(value: Tensor) -> Tensor:
     """`value` summed over ranks, in place."""
     if world_size() > 1:

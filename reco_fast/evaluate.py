@@ -8,7 +8,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -74,9 +74,7 @@ def extract_features(
     """
     training = model.training
     model.eval()
-    order = EvaluationOrder(
-        len(source), batch_size, rank=distributed.rank(), world_size=distributed.world_size()
-    )
+    order = EvaluationOrder(len(source), batch_size, rank=distributed.rank(), world_size=distributed.world_size())
     features, indices = [], []
     with open_loader(
         data.loader,
@@ -93,24 +91,15 @@ def extract_features(
                 features.append(model(batch.views[0]).float())
             indices.append(batch.indices)
     model.train(training)
-    return _gather_uneven(torch.cat(features)), _gather_uneven(torch.cat(indices).to(device)).cpu()
+    gathered = distributed.all_gather_uneven(torch.cat(indices).to(device))
+    return distributed.all_gather_uneven(torch.cat(features)), gathered.cpu()
 
 
 def loader_workers(data: DataConfig) -> int:
     """As configured, or this rank's share of the cores."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return data.workers or max(1, len(os.sched_getaffinity(0)) // ranks)
-
-
-def _gather_uneven(rows: Tensor) -> Tensor:
-    """`rows` of all ranks in rank order where their numbers may differ."""
-    if distributed.world_size() == 1:
-        return rows
-    counts = distributed.all_gather(torch.tensor([len(rows)], device=rows.device)).tolist()
-    padded = rows.new_zeros(max(counts), *rows.shape[1:])
-    padded[: len(rows)] = rows
-    gathered = distributed.all_gather(padded).view(len(counts), max(counts), *rows.shape[1:])
-    return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return data.workers or max(1, cores // ranks)
 
 
 def knn_scores(
@@ -221,7 +210,7 @@ def evaluate(command: EvaluateCommand) -> int:
     device = pick_device(command.device)
     config = dataclasses.replace(config, data=data_config)
     data = open_labelled(open_source(data_config.path), data_config.val_path)
-    backbone = encoder.get_submodule("backbone").to(device, memory_format=torch.channels_last)
+    backbone = encoder.get_submodule("backbone").to(device).to(memory_format=torch.channels_last)
     features = labelled_features(backbone, data, config, device)
     k, temperature = min(config.eval.knn_k, len(features.train)), config.eval.knn_temperature
     knn = knn_top1(features, len(data.classes), k=k, temperature=temperature)
@@ -231,7 +220,7 @@ def evaluate(command: EvaluateCommand) -> int:
         f"linear probe top-1 {probe:.2f} % "
         f"(logistic regression, C = {penalty:g} chosen on a tenth of the training images)"
     )
-    result = {"which": command.which, "knn_top1": knn, "linear_top1": probe, "linear_c": penalty}
+    result: dict[str, Any] = {"which": command.which, "knn_top1": knn, "linear_top1": probe, "linear_c": penalty}
     result |= {"path": str(data_config.path), "val_path": str(data_config.val_path)}
     run_folder.write_json(command.run_dir / "evaluation.json", result)
     return 0

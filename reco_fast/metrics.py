@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -129,13 +129,13 @@ class RunLog:
         if self._directory is not None:
             self._write({"kind": "end", **values})
 
-    def bad_images(self, reasons: Mapping[str, str]) -> None:
-        """List what could not be decoded in bad_images.txt; nothing where all was good."""
-        if self._directory is None or not reasons:
+    def bad_images(self, lines: list[str]) -> None:
+        """List what could not be decoded, a line each, in bad_images.txt; nothing where all was good."""
+        if self._directory is None or not lines:
             return
-        lines = [f"{name}\t{reason}\n" for name, reason in sorted(reasons.items())]
-        (self._directory / "bad_images.txt").write_text("".join(lines), encoding="utf-8")
-        self.say(f"{len(reasons)} images could not be decoded and were replaced: {self._directory / 'bad_images.txt'}")
+        path = self._directory / "bad_images.txt"
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        self.say(f"{len(lines)} images could not be decoded and were replaced: {path}")
 
     def views(self, grid: Tensor) -> None:
         """A picture [3, H, W] in 0..1 of augmented views."""

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Callable
+from typing import Any
 
 import timm
 import torch
@@ -64,7 +65,8 @@ def _create(arch: str, image_size: int) -> nn.Module:
         return _without_classifier(torchvision.models.get_model(name, weights=None))
     if library in ("", "timm") and timm.is_model(name):
         # Transformers are built for one image size; convolutional nets do not take the argument.
-        for options in ({"img_size": image_size}, {}):
+        candidates: tuple[dict[str, Any], ...] = ({"img_size": image_size}, {})
+        for options in candidates:
             try:
                 return timm.create_model(name, pretrained=False, num_classes=0, **options)
             except TypeError:
@@ -111,8 +113,8 @@ class TeacherUpdate:
     """
 
     def __init__(self, teacher: nn.Module, student: nn.Module, key_norm: str) -> None:
-        self.teacher = list(teacher.parameters())
-        self.student = list(student.parameters())
+        self.teacher: list[Tensor] = list(teacher.parameters())
+        self.student: list[Tensor] = list(student.parameters())
         if key_norm == "ema":
             self.teacher += [b for b in teacher.buffers() if b.is_floating_point()]
             self.student += [b for b in student.buffers() if b.is_floating_point()]

@@ -96,7 +96,7 @@ def first_difference(config: Config, other: Config) -> str | None:
 
 def environment() -> dict[str, Any]:
     """Versions, machine and command, so that a figure can be traced to what made it."""
-    packages = {}
+    packages: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             packages[package] = metadata.version(package)

@@ -57,7 +57,7 @@ def build_state(config: Config, device: torch.device) -> TrainState:
             f"--model.key-norm: expected batch for {config.model.arch}, which has no batch norm, "
             f"got {config.model.key_norm}"
         )
-    student = student.to(device, memory_format=torch.channels_last)
+    student = student.to(device).to(memory_format=torch.channels_last)
     teacher = copy.deepcopy(student).requires_grad_(False)
     follow_mode(teacher, config.model.key_norm)
     precision = pick_precision(config.train.precision, device)

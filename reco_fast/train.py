@@ -4,6 +4,7 @@ Reads from top to bottom: the command line, what a run needs, the loop. `step.tr
 """
 
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -68,16 +69,22 @@ def train(preset: str, config: Config) -> int:
             world_size=distributed.world_size(),
             seed=config.train.seed,
         )
-        options = {"seed": config.train.seed, "workers": loader_workers(config.data), "on_bad_image": config.data.on_bad_image}
         with (
             open_loader(
-                config.data.loader, source, recipe(config), order, device=device, first_step=state.step, **options
+                config.data.loader,
+                source,
+                recipe(config),
+                order,
+                device=device,
+                seed=config.train.seed,
+                workers=loader_workers(config.data),
+                on_bad_image=config.data.on_bad_image,
+                first_step=state.step,
             ) as loader,
             RunLog(folder if writes else None, total_steps=run.stop_at, first_step=state.step) as log,
         ):
             log.say(f"{folder}: {config.loss.objective} with {config.model.arch} on {len(source)} images, {device}")
             loop(run, state, progress, loader, log)
-            log.bad_images(loader.bad_images)
     return 0
 
 
@@ -144,11 +151,13 @@ def loop(run: Run, state: TrainState, progress: Progress, loader: Loader, log: R
             ended = state.step == run.stop_at
             log.advance(state.step)
             if ended or state.step % config.run.log_every == 0:
-                values = distributed.sum_over_ranks(sums) / (distributed.world_size() * progress.summed_steps)
+                means = distributed.sum_over_ranks(sums) / (distributed.world_size() * progress.summed_steps)
+                values = dict(zip(METRICS, means.tolist(), strict=True))
+                check_finite(values, run, state)
                 rate, waited = meter.read()
                 log.train(
                     {"step": state.step, "epoch": run.epoch(state.step)}
-                    | dict(zip(METRICS, values.tolist(), strict=True))
+                    | values
                     | {"lr": schedule.lr, "images_per_second": rate, "data_wait_fraction": waited}
                 )
                 sums.zero_()
@@ -157,9 +166,12 @@ def loop(run: Run, state: TrainState, progress: Progress, loader: Loader, log: R
                 progress.knn_top1 = evaluate(run, state, log)
                 meter.restart()
             if ended or run.due(state.step, config.run.checkpoint_epochs):
-                progress.sums = sums.tolist()
                 progress.images, progress.seconds = progress.images + meter.images, progress.seconds + meter.seconds
+                sums = distributed.sum_over_ranks(sums) / distributed.world_size()
+                progress.sums = sums.tolist()
                 save(run, state, progress)
+                bad = [f"{name}\t{reason}" for name, reason in loader.bad_images.items()]
+                log.bad_images(distributed.gather_lines(bad, state.device))
                 meter = Meter()
             profiler.step()
     log.end(
@@ -172,6 +184,15 @@ def loop(run: Run, state: TrainState, progress: Progress, loader: Loader, log: R
             "knn_top1": progress.knn_top1,
         }
     )
+
+
+def check_finite(values: dict[str, float], run: Run, state: TrainState) -> None:
+    """Stop a run that has left the numbers; its last checkpoint is from before."""
+    if not math.isfinite(values["loss"]):
+        raise ConfigError(
+            f"--optim.lr: the loss is {values['loss']} by step {state.step}; "
+            f"try a lower rate, --optim.warmup-epochs, or --train.precision fp32 (checkpoints in {run.folder} are good)"
+        )
 
 
 def check_ranks(config: Config) -> None:

@@ -38,7 +38,11 @@ def test_training_goes_on_from_a_checkpoint_bit_for_bit(tmp_path: Path) -> None:
     assert checkpoint.load(checkpoint.latest(tmp_path), resumed) == {"note": [0.1, None]}
     assert resumed.step == 3
     go_on(resumed, 2)
-    for a, b in ((straight.student, resumed.student), (straight.teacher, resumed.teacher), (straight.bank, resumed.bank)):
+    for a, b in (
+        (straight.student, resumed.student),
+        (straight.teacher, resumed.teacher),
+        (straight.bank, resumed.bank),
+    ):
         for name, value in a.state_dict().items():
             assert torch.equal(value, b.state_dict()[name]), name
 
@@ -48,11 +52,16 @@ def test_the_two_newest_are_kept_and_no_temporary_file(tmp_path: Path) -> None:
     for step in (1, 2, 10):
         state.step = step
         checkpoint.save(state, tmp_path, progress={})
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-000000002.safetensors", "step-000000010.safetensors"]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [
+        "step-000000002.safetensors",
+        "step-000000010.safetensors",
+    ]
     assert checkpoint.latest(tmp_path).name == "step-000000010.safetensors"
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped byte", "not a checkpoint", "pickle", "other format", "missing"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "flipped byte", "not a checkpoint", "pickle", "other format", "missing"]
+)
 def test_damaged_or_foreign_files_are_refused_and_change_nothing(tmp_path: Path, damage: str) -> None:
     path = checkpoint.save(trained(1), tmp_path, progress={})
     data = bytearray(path.read_bytes())

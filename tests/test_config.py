@@ -28,9 +28,7 @@ def test_quickstart_is_the_default_preset() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("flags", "value"), [([], None), (["--train.compile"], True), (["--train.no-compile"], False)]
-)
+@pytest.mark.parametrize(("flags", "value"), [([], None), (["--train.compile"], True), (["--train.no-compile"], False)])
 def test_compile_is_on_off_or_not_said(flags: list[str], value: bool | None) -> None:
     assert parse(["cifar10", *flags])[1].train.compile is value
 

@@ -20,7 +20,7 @@ def test_log_drops_what_came_after_the_checkpoint(tmp_path: Path, capsys: pytest
         file.write('{"kind": "train", "st')  # cut short by a kill
     with RunLog(tmp_path, total_steps=40, first_step=20) as log:
         log.train({"step": 30, "epoch": 3.0} | values)
-        log.bad_images({"b.jpg": "empty", "a b.jpg": "no JPEG"})
+        log.bad_images(["a b.jpg\tno JPEG", "b.jpg\tempty"])
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["kind"], line["step"]) for line in lines] == [
         ("eval", 0),
