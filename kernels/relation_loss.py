@@ -1,3 +1,5 @@
+# mypy: allow-untyped-defs
+# ruff: noqa: SIM300
 """The ReCo loss and its gradient in one streaming pass over the memory banks, in Triton.
 
 Notation: q, m, k, v are the unit rows of `query`, `query_mix`, `key`, `key_weak`; A and B are `bank` and `bank_weak`,
@@ -59,6 +61,8 @@ LOG2_E = math.log2(math.e)
 FIXED_MAXIMUM_TEMPERATURE = 0.023  # exp(−2/τ) is a normal float32 from here on
 INTERPRETED: bool = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 when the kernels below were defined
 
+COMBINE_WARPS = 4
+
 # Which of `unit_rows` a row set reads.
 QUERY = tl.constexpr(0)
 MIX = tl.constexpr(1)
@@ -86,11 +90,27 @@ def _low(x, DTYPE: tl.constexpr, EMULATE: tl.constexpr):
 
 
 @triton.jit
+def _tf32_parts(x):
+    """float32 `x` as the sum of two numbers that fit a TF32 product: its leading 11 bits, and the rest."""
+    high = ((x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    return high, x - high
+
+
+@triton.jit
+def _dot_tf32x3(a_high, a_low, b_high, b_low, sum):
+    """`sum` + a·b to float32 accuracy on tensor cores, small products first. (`input_precision="tf32x3"` does the same,
+    but splits the rows in every turn of the loop, which spills registers.)"""
+    sum = tl.dot(a_low, b_high, sum, input_precision="tf32")
+    sum = tl.dot(a_high, b_low, sum, input_precision="tf32")
+    return tl.dot(a_high, b_high, sum, input_precision="tf32")
+
+
+@triton.jit
 def _number(x):
     """A scalar argument that is either a number or a pointer to one (a schedule in a captured graph)."""
-    x = tl.to_tensor(x)
-    if x.dtype.is_ptr():
-        x = tl.load(x).to(tl.float32)
+    if isinstance(x, tl.tensor):  # the interpreter passes plain floats
+        if x.dtype.is_ptr():
+            x = tl.load(x).to(tl.float32)
     return x
 
 
@@ -145,6 +165,9 @@ def _attend_kernel(unit_rows, bank, bank_weak, partial_mean, partial_lse, N, K, 
     unit_rows += (which * N + first_row).to(tl.int64) * D
     rows = tl.load(unit_rows + row[:, None] * D + column[None, :], mask=row_valid[:, None] & column_valid, other=0.0)
 
+    if DTYPE == tl.float32:
+        rows_high, rows_low = _tf32_parts(rows)
+
     start = tl.program_id(2) * split_length
     length = tl.minimum(K - start, split_length)
     in_tile = tl.arange(0, BLOCK_K)
@@ -163,7 +186,12 @@ def _attend_kernel(unit_rows, bank, bank_weak, partial_mean, partial_lse, N, K, 
         tile_ptrs += BLOCK_K * stride
         if EMULATE:
             tile = tile.to(tl.float32)
-        logits = tl.dot(rows, tile.T, input_precision="tf32x3")
+        if DTYPE == tl.float32:
+            tile_high, tile_low = _tf32_parts(tile)
+            logits = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+            logits = _dot_tf32x3(rows_high, rows_low, tile_high.T, tile_low.T, logits)
+        else:
+            logits = tl.dot(rows, tile.T)
         if MASKED:
             logits = tl.where((first + in_tile < length)[None, :], logits, -float("inf"))
         if ONLINE:
@@ -175,16 +203,19 @@ def _attend_kernel(unit_rows, bank, bank_weak, partial_mean, partial_lse, N, K, 
         else:
             p = tl.exp2(logits * scale - scale)
         total += tl.sum(p, axis=1)
-        p = _low(p, DTYPE, EMULATE)
-        if DTYPE != tl.float32:
-            # A product with ones sums what was rounded, at an eighth of the next product's cost.
+        if DTYPE == tl.float32:
+            p_high, p_low = _tf32_parts(p)
+            mean = _dot_tf32x3(p_high, p_low, tile_high, tile_low, mean)
+        else:
+            p = _low(p, DTYPE, EMULATE)
+            # A product with ones sums what was rounded, at an eighth of the next product's cost for D = 128.
             weight = tl.dot(p, tl.full([BLOCK_K, 16], 1.0, p.dtype), weight)
-        mean = tl.dot(p, tile, mean, input_precision="tf32x3")
+            mean = tl.dot(p, tile, mean)
 
-    if DTYPE != tl.float32:
-        divisor = tl.sum(weight, axis=1) / 16  # 16 equal columns
-    else:
+    if DTYPE == tl.float32:
         divisor = total
+    else:
+        divisor = tl.sum(weight, axis=1) / 16  # 16 equal columns
     mean *= (1 / divisor)[:, None]
     out = ((row_set * N + first_row) * splits + first_split + tl.program_id(2)).to(tl.int64)
     tl.store(partial_lse + out + row * splits, peak * scale + tl.log2(total), mask=row_valid)
@@ -326,7 +357,8 @@ def _forward(
     rows, width = query.shape
     length = len(bank)
     has_global, has_local = bank_weak is not None, query_mix is not None
-    plan = launch.plan(rows, length, width, 1 + has_local + 2 * has_global, bank.dtype, query.device)
+    row_sets = 1 + has_local + 2 * has_global
+    plan = launch.plan(rows, length, width, row_sets, bank.dtype, query.device)
     temperatures = (temperature, student_temperature, teacher_temperature) if has_global else (temperature,)
     weights = (
         global_weight if global_weight_tensor is None else global_weight_tensor,
@@ -344,8 +376,8 @@ def _forward(
     bank_weak = bank if bank_weak is None else _row_major(bank_weak.to(bank.dtype))
     permutation = key if permutation is None else permutation.contiguous()
     unit_rows = new(3, rows, width, dtype=torch.float32 if INTERPRETED else bank.dtype)
-    partial_mean = new(plan.sets, rows, plan.splits, width, dtype=plan.partial_dtype)
-    partial_lse = new(plan.sets, rows, plan.splits)
+    partial_mean = new(row_sets, rows, plan.splits, width, dtype=plan.partial_dtype)
+    partial_lse = new(row_sets, rows, plan.splits)
     row_losses = new(4, rows)
     total, parts = new(), new(4)
     grad_query, grad_query_mix = new(rows, width), new(rows, width) if has_local else new(0)
@@ -363,10 +395,11 @@ def _forward(
             DTYPE=tl.bfloat16 if bank.dtype == torch.bfloat16 else tl.float32,
             EMULATE=INTERPRETED,
             num_warps=4,
+            enable_fp_fusion=True,
         )
         # Whole bank tiles, then what is left of them: a mask in the first launch's loop costs 20 to 50 registers.
         for part in plan.parts:
-            _attend_kernel[(plan.row_tiles, plan.sets, part.splits)](
+            _attend_kernel[(plan.row_tiles, row_sets, part.splits)](
                 unit_rows,
                 bank[part.start :],
                 bank_weak[part.start :],
@@ -392,6 +425,7 @@ def _forward(
                 EMULATE=INTERPRETED,
                 num_warps=plan.tile.warps,
                 num_stages=plan.tile.stages,
+                enable_fp_fusion=True,
             )
         _combine_kernel[(rows,)](
             query,
@@ -418,7 +452,8 @@ def _forward(
             GLOBAL=has_global,
             LOCAL=has_local,
             ANCHOR_IS_QUERY=anchor_is_query,
-            num_warps=4,
+            num_warps=COMBINE_WARPS,
+            enable_fp_fusion=True,
         )
         _mean_kernel[(1,)](row_losses, total, parts, rows, *weights, has_global, has_local, BLOCK=1024, num_warps=4)
     return total, parts, grad_query, grad_query_mix
@@ -429,10 +464,10 @@ def _row_major(bank: Tensor) -> Tensor:
     return bank if bank.stride(1) == 1 else bank.contiguous()
 
 
-_relation_loss = torch.library.custom_op("reco_fast::relation_loss", _forward, mutates_args=())
+relation_loss_op = torch.library.custom_op("reco_fast::relation_loss", _forward, mutates_args=())
 
 
-@_relation_loss.register_fake
+@relation_loss_op.register_fake
 def _(query: Tensor, query_mix: Tensor | None, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def new(shape: tuple[int, ...]) -> Tensor:
         return query.new_empty(shape, dtype=torch.float32)
@@ -440,13 +475,13 @@ def _(query: Tensor, query_mix: Tensor | None, *_: object) -> tuple[Tensor, Tens
     return new(()), new((4,)), new(tuple(query.shape)), new((0,) if query_mix is None else tuple(query.shape))
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output) -> None:
     _, _, grad_query, grad_query_mix = output
     ctx.save_for_backward(grad_query, grad_query_mix)
     ctx.dtypes = inputs[0].dtype, None if inputs[1] is None else inputs[1].dtype
 
 
-def _backward(ctx, grad_total: Tensor, *_: object) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+def _backward(ctx, grad_total: Tensor, *_: object) -> tuple[Tensor | None, ...]:
     """The gradients are there already: they are only scaled."""
     grad_query, grad_query_mix = ctx.saved_tensors
     dtype, mix_dtype = ctx.dtypes
@@ -457,7 +492,7 @@ def _backward(ctx, grad_total: Tensor, *_: object) -> tuple[Tensor | None, ...]:
     return *grads, *[None] * (len(ctx.needs_input_grad) - 2)
 
 
-_relation_loss.register_autograd(_backward, setup_context=_setup_context)
+relation_loss_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def reco_loss_triton(
@@ -482,7 +517,7 @@ def reco_loss_triton(
     D is at most 256. Products run in the banks' dtype: bfloat16, or float32 by three TF32 products (`tf32x3`).
     """
     has_global, has_local = not is_off(global_weight), not is_off(local_weight)
-    total, parts, _, _ = _relation_loss(
+    total, parts, _, _ = relation_loss_op(
         query,
         query_mix if has_local else None,
         key.detach(),

@@ -169,7 +169,7 @@ _SETTINGS = (
 
 def _implementation(impl: str, query: Tensor, bank: Tensor) -> Callable[..., ReCoLossOutput]:
     if impl == "auto":
-        impl = choose_implementation(len(query), len(bank), query.shape[1], bank.dtype, query.device)
+        impl = choose_implementation(len(query), len(bank), query.shape[1], query.device)
     if impl == "torch":
         return reco_loss_torch
     if impl == "sdpa":
@@ -217,7 +217,7 @@ def _check_tensors(
             )
     elif not 0 <= mix_ratio <= 1:
         raise ValueError(f"mix_ratio: expected a number in [0, 1], got {mix_ratio}")
-    named = {
+    named: dict[str, object] = {
         "query_mix": query_mix,
         "key": key,
         "key_weak": key_weak,
@@ -226,9 +226,9 @@ def _check_tensors(
         "permutation": permutation,
         "mix_ratio": mix_ratio,
     }
-    for name, value in named.items():
-        if isinstance(value, Tensor) and value.device != query.device:
-            raise ValueError(f"{name}: expected a tensor on {query.device} like query, got one on {value.device}")
+    for name, given in named.items():
+        if isinstance(given, Tensor) and given.device != query.device:
+            raise ValueError(f"{name}: expected a tensor on {query.device} like query, got one on {given.device}")
 
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
