@@ -4,6 +4,7 @@ Reads from top to bottom: the command line, what a run needs, the loop. `step.tr
 """
 
 import dataclasses
+import inspect
 import math
 import sys
 from collections.abc import Sequence
@@ -41,7 +42,7 @@ def parse(argv: Sequence[str]) -> tuple[str, Config]:
         raise ConfigError(f"{preset}: expected a preset, one of {', '.join(PRESETS)}")
     default, expectation = PRESETS[preset]
     prog = f"python -m reco_fast.train {preset}"
-    return preset, cli.parse(Config, rest, prog=prog, description=expectation, default=default)
+    return preset, cli.parse(Config, rest, prog=prog, description=inspect.cleandoc(expectation), default=default)
 
 
 def train(preset: str, config: Config) -> int:

@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from reco_fast.config import Config, LossConfig, ModelConfig, TrainConfig
 from reco_fast.state import build_state
@@ -130,6 +132,25 @@ def test_mixed_precision_trains(precision: str) -> None:
     assert metrics.isfinite().all()
     assert last.isfinite().all()
     assert not torch.equal(first, last)
+
+
+def test_nothing_in_a_step_waits_for_the_device() -> None:
+    """`.item()`, `int(tensor)`, `if tensor` and data-dependent shapes all reach one of these operators."""
+    waits = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")
+
+    class Recorder(TorchDispatchMode):
+        seen: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            self.seen.append(func._schema.name.removeprefix("aten::"))
+            return func(*args, **(kwargs or {}))
+
+    state = build_state(CONFIG, CPU)
+    given, draws = views(0), draw(0, 16, CONFIG, CPU)
+    with Recorder():
+        train_step(state, CONFIG, given, draws, scheduled(0, 10, CONFIG))
+    assert "index_copy_" in Recorder.seen
+    assert not [name for name in Recorder.seen if name in waits]
 
 
 WORKER = """
