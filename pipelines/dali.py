@@ -112,7 +112,7 @@ class DaliLoader(Loader):
         under way again in a new pipeline."""
         if not self._in_flight or self._in_flight[0].by_pillow:
             raise error
-        self._pipeline = None
+        self._drop_pipeline()
         failed, *rest = self._in_flight
         self._in_flight.clear()
         samples = [self._by_pillow(sample) for sample in failed.samples]
@@ -128,7 +128,12 @@ class DaliLoader(Loader):
 
     def close(self) -> None:
         self._ahead.close()
-        self._pipeline = None
+        self._drop_pipeline()
+
+    def _drop_pipeline(self) -> None:
+        if self._pipeline is not None:
+            self._pipeline.__del__()  # there is no close(); its reference cycles would keep its threads until some gc
+            self._pipeline = None
 
 
 class _Encoded(NamedTuple):

@@ -277,10 +277,15 @@ def _index_shard(path: Path) -> tuple[list[_Member], str]:
     found: list[tuple[str, str, bool, int, int]] = []  # name, key, is it named `key.jpg`, offset, size
     labels: dict[str, int] = {}
     reason = ""
+    expected = 0  # where the next header should be
     with tarfile.open(path, "r:") as tar, open(path, "rb") as file:
+        tar.ignore_zeros = True  # past a damaged header, and the end mark of the first of two joined archives
         try:
             for member in tar:
                 tar.members = []  # type: ignore[attr-defined]  # or it keeps every header
+                if member.offset > expected and os.pread(file.fileno(), 512, expected).strip(b"\0"):
+                    reason = f"damaged at byte {expected:,}, some of its images may be missing"
+                expected = tar.offset
                 folder, _, base = member.name.rpartition("/")
                 stem, _, extension = base.partition(".")
                 key, extension = f"{folder}/{stem}", f".{extension.lower()}"
@@ -292,10 +297,12 @@ def _index_shard(path: Path) -> tuple[list[_Member], str]:
                         labels[key] = int(text)
                 elif f".{extension.rpartition('.')[2]}" in IMAGE_SUFFIXES:
                     found.append((member.name, key, extension in IMAGE_SUFFIXES, member.offset_data, member.size))
+            if os.pread(file.fileno(), 512, expected).strip(b"\0"):
+                reason = reason or f"ends inside the header at byte {expected:,}"
         except tarfile.ReadError as error:
             if not found:
                 raise
-            reason = f"listed up to {found[-1][0]} only: {error}"
+            reason = f"ends at {found[-1][0]}: {error}"
     plain = {key for _, key, is_plain, _, _ in found if is_plain}  # `key.mask.png` is no sample beside `key.jpg`
     members = [
         _Member(name, offset, size, labels.get(key))

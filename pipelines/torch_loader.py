@@ -1,5 +1,6 @@
 """The recipe by Pillow and torchvision, in worker processes: slower than DALI, and runs wherever PyTorch does."""
 
+import gc
 from collections.abc import Iterator
 from itertools import count
 from typing import NamedTuple
@@ -51,6 +52,7 @@ class TorchLoader(Loader):
                 num_workers=workers,
                 pin_memory=device.type == "cuda",
                 prefetch_factor=2 if workers else None,
+                worker_init_fn=_leave_inherited_objects_alone,
             )
         )
 
@@ -72,6 +74,11 @@ class TorchLoader(Loader):
 
     def close(self) -> None:
         self._batches = None  # the DataLoader's iterator ends its workers as it goes
+
+
+def _leave_inherited_objects_alone(_: int) -> None:
+    """A forked worker inherits the garbage of its parent; to collect a DALI pipeline there would hang."""
+    gc.freeze()
 
 
 class _Pixels(NamedTuple):
