@@ -59,7 +59,7 @@ def reco_loss_torch(
 ) -> ReCoLossOutput:
     """The definition. Arguments as in `reco_fast.reco_loss`; holds four [N, K] matrices and their gradients."""
     q, k = unit(query), unit(key).detach()
-    bank, bank_weak = bank.float(), bank_weak.float()
+    bank, bank_weak = bank.detach().float(), bank_weak.detach().float()
     positive_is_first = torch.zeros(len(q), dtype=torch.long, device=q.device)
     global_relation, local_relation, teacher_entropy = q.new_zeros(3).unbind()
 

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-# ruff: noqa: SIM300
+# ruff: noqa: SIM102, SIM300
 """The ReCo loss and its gradient in one streaming pass over the memory banks, in Triton.
 
 Notation: q, m, k, v are the unit rows of `query`, `query_mix`, `key`, `key_weak`; A and B are `bank` and `bank_weak`,
