@@ -280,7 +280,7 @@ def _view(images: Any, p: dict[str, Any], recipe: Recipe, on_gpu: bool) -> Any:
 
 # The colour operations on 8-bit images. Pillow and torchvision cut fractions off where DALI rounds to the nearest:
 # taking off a half before rounding gives their result instead of one that is half a level brighter.
-_HALF = 0.5
+_HALF = 0.498  # not quite, or whole numbers would be ties
 
 
 def brightness(view: Any, factor: Any) -> Any:

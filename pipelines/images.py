@@ -8,6 +8,7 @@ everything else that it can decode. The torch loader takes the same bytes, so th
 import io
 import struct
 import warnings
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -132,7 +133,10 @@ def _reason(error: Exception) -> str:
 
 
 _FRAMES = {0xC0: True, 0xC1: True, 0xC2: False}  # start-of-frame markers taken as ordinary → is it baseline
-_SCAN, _EXIF, _ADOBE = 0xDA, 0xE1, 0xEE
+_OTHER_FRAMES = frozenset(range(0xC3, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_HUFFMAN, _SCAN, _QUANTIZATION, _EXIF, _ADOBE = 0xC4, 0xDA, 0xDB, 0xE1, 0xEE
+_SEGMENT = struct.Struct(">BBH")
+_FRAME = struct.Struct(">BHHB")
 _PIXELS_PER_BYTE = 512  # baseline codes a block of 64 pixels in 2 bits at the least: 256 a byte, and twice that here
 
 
@@ -146,43 +150,74 @@ def _inspect_jpeg(data: bytes) -> ImageHeader | None:
         return None
     height = width = 0
     baseline = has_exif = False
+    components: dict[int, int] = {}  # identifier → quantization table
+    tables: set[int] = set()
     position = 2
     end = len(data) - 4
     while position < end:
         start, marker, length = _SEGMENT.unpack_from(data, position)
-        if start != 0xFF or marker < 0xC0 or 0xD0 <= marker <= 0xD9 or length < 2:
+        body = data[position + 4 : position + 2 + length]
+        if start != 0xFF or marker < 0xC0 or 0xD0 <= marker <= 0xD9 or len(body) != length - 2:
             return None
         if marker in _FRAMES:
-            if height or position + 10 > len(data):
+            if height or len(body) < 6:
                 return None
-            precision, height, width, components = _FRAME.unpack_from(data, position + 4)
-            identifiers = data[position + 10 : position + 10 + 3 * components : 3]
-            if precision != 8 or components not in (1, 3) or identifiers == b"RGB" or not (height and width):
+            precision, height, width, count = _FRAME.unpack_from(body)
+            components = dict(zip(body[6::3], body[8::3], strict=False))
+            samplings = body[7::3]
+            if precision != 8 or count not in (1, 3) or len(body) != 6 + 3 * count or len(components) != count:
+                return None
+            if not all(1 <= s >> 4 <= 4 and 1 <= s & 15 <= 4 for s in samplings) or bytes(components) == b"RGB":
                 return None
             baseline = _FRAMES[marker]
-        elif marker == _EXIF and data.startswith(b"Exif\0\0", position + 4):
-            has_exif = True
-        elif (
-            marker == _ADOBE
-            and data.startswith(b"Adobe", position + 4)
-            and data[position + 15 : position + 16] == b"\0"
-        ):
-            return None  # not YCbCr
+        elif marker == _HUFFMAN:
+            if not _huffman_tables_hold(body):
+                return None
+        elif marker == _QUANTIZATION:
+            tables.update(_quantization_tables(body))
+        elif marker == _EXIF:
+            has_exif |= body.startswith(b"Exif\0\0")
+        elif marker == _ADOBE:
+            if body.startswith(b"Adobe") and body[11:12] == b"\0":
+                return None  # not YCbCr
         elif marker == _SCAN:
+            if not body or len(body) != 4 + 2 * body[0] or not components.keys() >= set(body[1:-3:2]):
+                return None
             break
         elif marker in _OTHER_FRAMES:
             return None
         position += 2 + length
-    if not height or position >= end or data.rfind(b"\xff\xd9", position) < 0:
-        return None  # an end marker cannot stand inside the scan: there each 0xff is followed by 0x00
+    if not (height and width) or position >= end or not tables.issuperset(components.values()):
+        return None
+    if data.rfind(b"\xff\xd9", position) < 0:  # it cannot stand inside a scan, where each 0xff is followed by 0x00
+        return None
     _check_size(height, width)
     if baseline and height * width > _PIXELS_PER_BYTE * len(data):
         raise BadImage(f"its header claims {width} × {height} pixels, which {len(data):,} bytes cannot hold")
-    if has_exif and (rotated := _inspect_any(data)) is not None:
-        height, width = rotated.height, rotated.width
+    if has_exif:  # it may say that the picture is on its side
+        height, width, _ = _inspect_any(data)
     return ImageHeader(height, width, ordinary=True)
 
 
-_SEGMENT = struct.Struct(">BBH")
-_FRAME = struct.Struct(">BHHB")
-_OTHER_FRAMES = frozenset(range(0xC3, 0xD0)) - {0xC4, 0xC8, 0xCC}
+@lru_cache(maxsize=4096)  # encoders write the same few tables into all their files
+def _huffman_tables_hold(body: bytes) -> bool:
+    """Whether each table's code lengths are possible and its values are all there."""
+    while body:
+        counts = body[1:17]
+        used = sum(count / (1 << length) for length, count in enumerate(counts, 1))  # of all codes there are
+        size = 17 + sum(counts)
+        if body[0] & 0xEC or used > 1 or size > min(len(body), 17 + 256):
+            return False
+        body = body[size:]
+    return True
+
+
+def _quantization_tables(body: bytes) -> list[int]:
+    found = []
+    position = 0
+    while position < len(body):
+        size = 129 if body[position] >> 4 else 65
+        if position + size <= len(body):
+            found.append(body[position] & 15)
+        position += size
+    return found

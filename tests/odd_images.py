@@ -6,7 +6,7 @@ import struct
 import numpy as np
 from PIL import Image
 
-__all__ = ["bad_images", "encode", "odd_images", "picture"]
+__all__ = ["bad_images", "deceiving_images", "encode", "odd_images", "picture"]
 
 
 def picture(width: int = 60, height: int = 40, seed: int = 0) -> Image.Image:
@@ -74,4 +74,16 @@ def bad_images() -> dict[str, bytes]:
         "damaged.png": png[:60] + bytes(40) + png[100:],
         "jpeg start only.jpg": b"\xff\xd8\xff" + b"garbage" * 100,
         "no frame.jpg": b"\xff\xd8\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00" + b"\x11" * 64 + b"\xff\xd9",
+    }
+
+
+def deceiving_images() -> dict[str, bytes]:
+    """JPEGs with every marker in its place and the right end, whose tables no decoder can use."""
+    jpeg = encode(picture(400, 300), "JPEG")
+    huffman, frame, scan = (jpeg.index(marker) for marker in (b"\xff\xc4", b"\xff\xc0", b"\xff\xda"))
+    return {
+        "huffman.jpg": jpeg[: huffman + 5] + b"\xff" * 16 + jpeg[huffman + 21 :],
+        "quantization.jpg": jpeg[: frame + 12] + b"\x03" + jpeg[frame + 13 :],
+        "sampling.jpg": jpeg[: frame + 11] + b"\xff" + jpeg[frame + 12 :],
+        "component.jpg": jpeg[: scan + 5] + b"\x77" + jpeg[scan + 6 :],
     }

@@ -1,0 +1,429 @@
+"""Both loaders: the same views, every image once an epoch, exact resume, bad images replaced and named, a clean end."""
+
+import gc
+import importlib.util
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from odd_images import bad_images, deceiving_images, encode, odd_images, picture
+
+from reco_fast.pipelines.augmentations import Recipe, ViewRecipe, evaluation_recipe, reco_recipe
+from reco_fast.pipelines.images import to_plain
+from reco_fast.pipelines.loader import Batch, ImageReader, Loader, open_loader
+from reco_fast.pipelines.order import EvaluationOrder, TrainingOrder
+from reco_fast.pipelines.sources import DataError, ImageSource, open_source
+
+HAS_DALI = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+KINDS = [pytest.param("dali", marks=pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed")), "torch"]
+both_loaders = pytest.mark.parametrize("kind", KINDS)
+needs_dali = pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed")
+
+
+def training(kind: Any, source: ImageSource, recipe: Recipe, batch_size: int = 8, **options: Any) -> Loader:
+    order = TrainingOrder(
+        len(source), batch_size, rank=options.pop("rank", 0), world_size=options.pop("world_size", 1), seed=3
+    )
+    return open_loader(kind, source, recipe, order, **{"device": "cpu", "seed": 7, "workers": 1} | options)
+
+
+def take(loader: Loader, count: int) -> list[Batch]:
+    with loader:
+        return [next(loader) for _ in range(count)]
+
+
+def levels(view: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    """A normalised view as 0..255."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (recipe.mean, recipe.std))
+    return 255 * (view * std + mean)
+
+
+# What the two loaders make of the same parameters
+
+
+def one(**options: Any) -> Recipe:
+    """A recipe with one view and nothing but what `options` ask for; whole image unless they say otherwise."""
+    return Recipe((ViewRecipe(**{"area": (0.5, 1.0)} | options),), 224)
+
+
+always = {"jitter_probability": 1.0}
+# Largest mean absolute difference over 64 photographs, in 0..255. docs/loader.md has what was measured.
+PARITY = {
+    "crop": (one(), 0.2),
+    "small crops": (Recipe((ViewRecipe(area=(0.02, 0.1)),), 224), 0.2),
+    "small output": (Recipe((ViewRecipe(),), 32), 0.4),
+    "evaluation": (evaluation_recipe(224), 0.2),
+    "flip": (one(flip_probability=1.0), 0.2),
+    "brightness": (one(**always, brightness=0.4), 0.25),
+    "contrast": (one(**always, contrast=0.4), 0.35),
+    "saturation": (one(**always, saturation=0.4), 0.35),
+    "grayscale": (one(grayscale_probability=1.0), 0.25),
+    "blur": (one(blur_probability=1.0), 0.6),
+    "hue": (one(**always, hue=0.1), 6.0),  # another rotation: see the documentation
+    "all but hue": (one(**always, brightness=0.4, contrast=0.4, saturation=0.4, blur_probability=0.5), 0.7),
+}
+
+
+@needs_dali
+@pytest.mark.parametrize("name", PARITY)
+def test_dali_and_torch_make_the_same_views(photographs: Path, name: str) -> None:
+    recipe, tolerance = PARITY[name]
+    source = open_source(photographs)
+    (dali,), (reference,) = (take(training(kind, source, recipe, batch_size=64), 1) for kind in ("dali", "torch"))
+    assert torch.equal(dali.indices, reference.indices)
+    difference = levels(dali.views[0], recipe) - levels(reference.views[0], recipe)
+    by_image = difference.abs().mean(dim=(1, 2, 3))
+    print(f"{name}: mean absolute difference {by_image.mean():.3f}, worst image {by_image.max():.3f}")
+    assert by_image.mean() < tolerance
+    assert by_image.max() < 5 * tolerance
+    assert reference.views[0].std() > 0.5
+
+
+@needs_dali
+@pytest.mark.parametrize(("size", "tolerance"), [(224, 5.5), (32, 4.5)])
+def test_whole_views_agree(photographs: Path, cifar: Path, size: int, tolerance: float) -> None:
+    """The complete recipe, hue included; the weak view has none and is as close as a crop."""
+    recipe = reco_recipe(size)
+    source = open_source(photographs if size == 224 else cifar)
+    (dali,), (reference,) = (take(training(kind, source, recipe, batch_size=64), 1) for kind in ("dali", "torch"))
+    far = [
+        (levels(a, recipe) - levels(b, recipe)).abs().mean().item()
+        for a, b in zip(dali.views, reference.views, strict=True)
+    ]
+    print(f"{size} px: mean absolute difference of the three views {[round(value, 3) for value in far]}")
+    assert max(far[:2]) < tolerance
+    assert far[2] < 0.25
+
+
+@needs_dali
+def test_every_decodable_file_gives_the_same_pixels(tmp_path: Path) -> None:
+    for name, data in odd_images().items():
+        (tmp_path / name).write_bytes(data)
+    source = open_source(tmp_path)
+    recipe = Recipe((ViewRecipe(center_crop=1.0),), 40)  # as large as the pictures: hardly any resampling
+    for kind in ("dali", "torch"):
+        with training(kind, source, recipe, batch_size=len(source)) as loader:
+            batch = next(loader)
+            assert not loader.bad_images
+            pixels = levels(batch.views[0], recipe)[batch.indices.argsort()]
+        if kind == "dali":
+            first = pixels
+    worst = (first - pixels).abs().amax(dim=(1, 2, 3))
+    assert worst.max() <= 1.01, dict(zip(source.names, worst.tolist(), strict=True))
+
+
+@needs_dali
+def test_contrast_by_arithmetic_as_on_a_gpu_equals_the_operator() -> None:
+    """The GPU's branch, run on the CPU."""
+    from reco_fast.pipelines import dali
+
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (16, 30, 40, 3), dtype=np.uint8)
+    factors = generator.uniform(0.6, 1.4, 16).astype(np.float32)
+
+    @dali.pipeline_def(batch_size=16, num_threads=1, device_id=None)
+    def graph() -> Any:
+        image, factor = dali.fn.external_source(
+            source=lambda: (images, factors),
+            num_outputs=2,
+            dtype=[dali.types.UINT8, dali.types.FLOAT],
+            ndim=[3, 0],
+            layout=["HWC", ""],
+        )
+        return dali.contrast(image, factor), dali.contrast_on_gpu(image, factor)
+
+    pipeline = graph()
+    pipeline.build()
+    operator, arithmetic = (np.asarray(output.as_tensor()).astype(int) for output in pipeline.run())
+    assert np.abs(operator - arithmetic).max() <= 1
+    assert (operator != arithmetic).mean() < 0.01
+    assert np.abs(operator - images).mean() > 5
+
+
+@both_loaders
+def test_views_are_normalized_channels_last_floats(kind: str, cifar: Path) -> None:
+    recipe = reco_recipe(32)
+    (batch,) = take(training(kind, open_source(cifar), recipe), 1)
+    assert len(batch.views) == 3
+    for view in batch.views:
+        assert view.shape == (8, 3, 32, 32)
+        assert view.dtype == torch.float32
+        assert view.is_contiguous(memory_format=torch.channels_last)
+        assert levels(view, recipe).min() > -0.01
+        assert levels(view, recipe).max() < 255.01
+    assert batch.indices.dtype == torch.int64
+    assert not torch.equal(batch.views[0], batch.views[1])
+
+
+# Order, epochs, resume
+
+
+@both_loaders
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_two_epochs_hold_every_image_once(kind: str, world_size: int, cifar: Path) -> None:
+    source = open_source(cifar)  # 300 images, 2 epochs = 12 global batches of 50
+    ranks = [
+        [
+            batch.indices.tolist()
+            for batch in take(training(kind, source, tiny(), 50, rank=rank, world_size=world_size), 12)
+        ]
+        for rank in range(world_size)
+    ]
+    stream = [index for step in zip(*ranks, strict=True) for part in step for index in part]
+    first, second = stream[:300], stream[300:]
+    assert sorted(first) == sorted(second) == list(range(300))
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.25
+    if world_size == 2:
+        early = [{index for part in rank[:6] for index in part} for rank in ranks]
+        assert early[0].isdisjoint(early[1])
+
+
+def tiny() -> Recipe:
+    return Recipe((ViewRecipe(flip_probability=0.5),), 8)
+
+
+@both_loaders
+def test_a_later_first_step_continues_bit_for_bit(kind: str, cifar: Path) -> None:
+    source, recipe = open_source(cifar), reco_recipe(32)
+    whole = take(training(kind, source, recipe, 64), 8)  # 300 images: across the end of an epoch
+    resumed = take(training(kind, source, recipe, 64, first_step=3), 5)
+    for a, b in zip(whole[3:], resumed, strict=True):
+        assert torch.equal(a.indices, b.indices)
+        assert all(torch.equal(x, y) for x, y in zip(a.views, b.views, strict=True))
+
+
+@both_loaders
+def test_views_do_not_depend_on_batch_size_ranks_or_workers(kind: str, cifar: Path) -> None:
+    source, recipe = open_source(cifar), reco_recipe(32)
+    (large,) = take(training(kind, source, recipe, 32, workers=0), 1)
+    small = take(training(kind, source, recipe, 8, workers=2), 4)
+    ranks = [take(training(kind, source, recipe, 32, rank=r, world_size=2), 1)[0] for r in range(2)]
+    for parts in (small, ranks):
+        assert torch.equal(large.indices, torch.cat([part.indices for part in parts]))
+        for number, view in enumerate(large.views):
+            assert torch.equal(view, torch.cat([part.views[number] for part in parts]))
+
+
+@both_loaders
+def test_seeds_and_views_differ(kind: str, cifar: Path) -> None:
+    source = open_source(cifar)
+    (a,), (b,) = (take(training(kind, source, reco_recipe(32), seed=seed), 1) for seed in (1, 2))
+    assert torch.equal(a.indices, b.indices)
+    assert not any(torch.equal(x, y) for x, y in zip(a.views, b.views, strict=True))
+
+
+@both_loaders
+@pytest.mark.parametrize(("images", "batch_size"), [(300, 128), (300, 300), (3, 8), (300, 299)])
+def test_evaluation_is_one_pass_in_order(kind: str, images: int, batch_size: int, cifar: Path) -> None:
+    source = open_source(cifar if images == 300 else next(p for p in cifar.iterdir()))
+    order = EvaluationOrder(len(source), batch_size)
+    options: dict[str, Any] = {"device": "cpu", "seed": 0, "workers": 1}
+    with open_loader(kind, source, evaluation_recipe(32), order, **options) as loader:  # type: ignore[arg-type]
+        seen = [batch.indices for batch in loader]
+        assert next(loader, None) is None
+    assert torch.cat(seen).tolist() == list(range(len(source)))
+
+
+@both_loaders
+def test_tar_shards_are_read(kind: str, tmp_path: Path, cifar: Path) -> None:
+    import tarfile
+
+    files = sorted(cifar.rglob("*.jpg"))[:40]
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            for path in files[shard * 20 : shard * 20 + 20]:
+                tar.add(path, f"{path.parent.name}-{path.name}")
+    (batch,) = take(training(kind, open_source(tmp_path), reco_recipe(32), 40), 1)
+    assert sorted(batch.indices.tolist()) == list(range(40))
+
+
+# Bad images
+
+
+def mixed_folder(folder: Path, good: int = 80) -> tuple[ImageSource, set[str]]:
+    """Many plain images, every odd one and every bad one, in an order that puts bad ones side by side."""
+    for number in range(good):
+        (folder / f"plain {number:03d}.jpg").write_bytes(encode(picture(seed=number), "JPEG"))
+    for name, data in (odd_images() | bad_images() | deceiving_images()).items():
+        (folder / name).write_bytes(data)
+    (folder / "broken link.jpg").symlink_to("nowhere")
+    return open_source(folder), {*bad_images(), *deceiving_images(), "broken link.jpg"}
+
+
+@both_loaders
+@pytest.mark.parametrize("batch_size", [32, 128])
+def test_bad_images_are_replaced_and_named(kind: str, batch_size: int, tmp_path: Path) -> None:
+    source, bad = mixed_folder(tmp_path)
+    bad_indices = {index for index, name in enumerate(source.names) if name in bad}
+    steps = 3 * len(source) // batch_size + 1
+    order = TrainingOrder(len(source), batch_size, seed=3)
+    with training(kind, source, reco_recipe(32), batch_size) as loader:
+        for step in range(steps):
+            batch = next(loader)
+            assert len(batch.indices) == batch_size == len(batch.views[0])
+            for used, asked in zip(batch.indices.tolist(), order.batch(step)[1].tolist(), strict=True):
+                while asked in bad_indices:
+                    asked = (asked + 1) % len(source)
+                assert used == asked
+        assert set(loader.bad_images) == bad
+        assert all(reason and "\n" not in reason for reason in loader.bad_images.values())
+
+
+@both_loaders
+def test_a_bad_image_can_end_the_run(kind: str, tmp_path: Path) -> None:
+    for number in range(20):
+        (tmp_path / f"{number:02d}.jpg").write_bytes(encode(picture(), "JPEG"))
+    (tmp_path / "13.jpg").write_bytes(b"<html>")
+    loader = training(kind, open_source(tmp_path), tiny(), 20, on_bad_image="raise")
+    with loader, pytest.raises(DataError, match=r"^13\.jpg: not an image: it starts with b'<html>'$"):
+        next(loader)
+
+
+@both_loaders
+def test_a_folder_without_any_good_image(kind: str, tmp_path: Path) -> None:
+    for number in range(20):
+        (tmp_path / f"{number:02d}.jpg").write_bytes(b"text")
+    with (
+        training(kind, open_source(tmp_path), tiny()) as loader,
+        pytest.raises(DataError, match=r"no image can be used, e\.g\. \d\d\.jpg: not an image"),
+    ):
+        next(loader)
+
+
+@both_loaders
+def test_a_file_that_vanishes_is_named(kind: str, tmp_path: Path) -> None:
+    for number in range(20):
+        (tmp_path / f"{number:02d}.jpg").write_bytes(encode(picture(), "JPEG"))
+    source = open_source(tmp_path)
+    (tmp_path / "07.jpg").unlink()
+    with training(kind, source, tiny(), 20) as loader:
+        batch = next(loader)
+        assert loader.bad_images == {"07.jpg": "No such file or directory"}
+    assert sorted(batch.indices.tolist()).count(8) == 2
+
+
+@both_loaders
+def test_what_passes_the_check_and_fails_to_decode_is_replaced_too(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several such files in one batch; the batches under way at that moment are not lost."""
+    from reco_fast.pipelines import loader as loader_module
+
+    source, bad = mixed_folder(tmp_path)
+    expected = [batch.indices for batch in take(training(kind, source, tiny(), 32), 12)]
+
+    def trusting(data: bytes) -> tuple[bytes, int, int]:
+        return (data, 300, 400) if data in deceiving_images().values() else to_plain(data)
+
+    monkeypatch.setattr(loader_module, "to_plain", trusting)
+    with training(kind, source, tiny(), 32) as loader:
+        for indices in expected:
+            assert torch.equal(next(loader).indices, indices)
+        assert set(loader.bad_images) == bad
+        assert loader.bad_images["huffman.jpg"] == "broken data stream when reading image file"
+
+
+def test_a_small_source_is_read_once(tmp_path: Path) -> None:
+    for number in range(4):
+        (tmp_path / f"{number}.jpg").write_bytes(encode(picture(), "JPEG"))
+    source = open_source(tmp_path)
+    reads: list[int] = []
+    read = source.read
+    source.read = lambda index: reads.append(index) or read(index)  # type: ignore[method-assign,func-returns-value]
+    cached, direct = ImageReader(source, "skip", cache_bytes=10**6), ImageReader(source, "skip")
+    for _ in range(3):
+        assert [cached.read(i) for i in range(4)] == [direct.read(i) for i in range(4)]
+    assert len(reads) == 4 + 12
+
+
+# Beginning and end
+
+
+def test_auto_takes_dali_where_it_is_installed(cifar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from reco_fast.pipelines import loader as loader_module
+
+    source = open_source(cifar)
+    with training("auto", source, tiny()) as loader:
+        assert type(loader).__name__ == ("DaliLoader" if HAS_DALI else "TorchLoader")
+    monkeypatch.setattr(loader_module, "_has_dali", lambda: False)
+    with training("auto", source, tiny()) as loader:
+        assert type(loader).__name__ == "TorchLoader"
+    with pytest.raises(DataError, match=r"not installed; pip install 'reco-fast\[dali\]'"):
+        training("dali", source, tiny())
+
+
+def test_an_order_of_another_length_is_refused(cifar: Path) -> None:
+    with pytest.raises(ValueError, match="order: expected one of 300 images as in source, got 299"):
+        open_loader("torch", open_source(cifar), tiny(), TrainingOrder(299, 8), device="cpu", seed=0, workers=0)
+
+
+@both_loaders
+@pytest.mark.parametrize("use", ["not at all", "one batch", "failing"])
+def test_close_leaves_no_thread_or_process(kind: str, use: str, cifar: Path) -> None:
+    threads, processes = _others()
+    loader = training(kind, open_source(cifar), reco_recipe(32), workers=2)
+    try:
+        with loader:
+            if use != "not at all":
+                next(loader)
+            if use == "failing":
+                raise RuntimeError("the step failed")
+    except RuntimeError:
+        pass
+    loader.close()  # twice is fine
+    with pytest.raises(StopIteration):
+        next(loader)
+    for _ in range(50):
+        gc.collect()
+        if _others() <= (threads, processes):
+            break
+        time.sleep(0.1)
+    now = _others()
+    assert now[0] <= threads
+    assert now[1] <= processes
+
+
+def _others() -> tuple[set[str], set[int]]:
+    ours = {thread.name for thread in threading.enumerate() if "reco_fast" in thread.name}
+    return ours, {child.pid for child in multiprocessing.active_children() if child.pid}
+
+
+@both_loaders
+@pytest.mark.parametrize("end", ["return", "raise", "forget", "SIGINT"])
+def test_a_process_ends_quietly(kind: str, end: str, cifar: Path) -> None:
+    script = f"""
+import os, signal, sys
+from reco_fast.pipelines.augmentations import reco_recipe
+from reco_fast.pipelines.images import to_plain
+from reco_fast.pipelines.loader import open_loader
+from reco_fast.pipelines.order import TrainingOrder
+from reco_fast.pipelines.sources import open_source
+source = open_source(sys.argv[1])
+loader = open_loader({kind!r}, source, reco_recipe(32), TrainingOrder(len(source), 16), device="cpu", seed=0, workers=2)
+next(loader)
+if {end!r} == "forget":
+    sys.exit()
+try:
+    with loader:
+        next(loader)
+        if {end!r} == "raise":
+            raise SystemExit
+        if {end!r} == "SIGINT":
+            os.kill(os.getpid(), signal.SIGINT)
+            next(loader)
+except KeyboardInterrupt:
+    pass
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, os.fspath(cifar)], capture_output=True, text=True, timeout=60, check=False
+    )
+    noise = [line for line in done.stderr.splitlines() if "nvtiff" not in line.lower()]  # DALI's own, without nvTIFF
+    assert (done.returncode, noise) == (0, []), done.stderr
