@@ -3,7 +3,9 @@
 import json
 import os
 import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -18,28 +20,74 @@ FORMAT = 1
 KEEP = 2  # the newest, and the one before it should the newest turn out unreadable
 
 
-def save(state: TrainState, directory: Path, *, progress: dict[str, Any]) -> Path:
-    """Write `step-<n>.safetensors` under a temporary name, flush it to disk, rename it, drop old ones.
+class Writer:
+    """Saves checkpoints while training goes on: `save` copies the state, a thread writes the copy.
 
-    `progress` is JSON that the trainer gets back from `load`.
+    Use as a context manager; leaving it waits for the last one.
     """
-    tensors = {name: t.detach().to("cpu").contiguous() for name, t in _tensors(state).items()}
-    header = {
-        "format": FORMAT,
-        "step": state.step,
-        "scaler": state.scaler.state_dict(),
-        "progress": progress,
-        "crc32": _crc32(tensors),
-    }
-    path = directory / f"step-{state.step:09d}.safetensors"
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: Future[Path] | None = None
+
+    def save(self, state: TrainState, progress: dict[str, Any]) -> None:
+        """Start to write `step-<n>.safetensors`; waits for the one before. `progress` is JSON that `load` returns.
+
+        Raises ConfigError where that one could not be written; older checkpoints are intact then.
+        """
+        self.wait()
+        copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in _tensors(state).items()}
+        header = {"format": FORMAT, "step": state.step, "scaler": state.scaler.state_dict(), "progress": progress}
+        self._pending = self._thread.submit(_write, self._directory, copies, header)
+
+    def wait(self) -> None:
+        """Until the last checkpoint is on disk."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            pending.result()
+        except (OSError, SafetensorError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"--run.dir: could not write a checkpoint to {self._directory}: {reason}") from None
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if value is None:
+                self.wait()
+        finally:
+            self._thread.shutdown()
+
+
+def _write(directory: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> Path:
+    """Under a temporary name, flushed, then renamed; only then are old ones dropped."""
+    path = directory / f"step-{header['step']:09d}.safetensors"
     temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata={"reco_fast": json.dumps(header)})
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
+    try:
+        save_file(tensors, temporary, metadata={"reco_fast": json.dumps(header | {"crc32": _crc32(tensors)})})
+        _flush(temporary)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     temporary.rename(path)
+    _flush(directory)
     for old in sorted(directory.glob("step-*.safetensors"))[:-KEEP]:
         old.unlink()
     return path
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def latest(directory: Path) -> Path | None:

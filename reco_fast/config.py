@@ -177,12 +177,16 @@ class RunConfig:
     """auto continues the run that the folder holds."""
     log_every: int = 20
     """Steps between log lines."""
-    checkpoint_epochs: float = 10.0
-    """Epochs between checkpoints; there is always one at the end."""
+    checkpoint_minutes: float = 10.0
+    """Minutes between checkpoints; there is always one at the end, and one when the run is asked to stop."""
+    checkpoint_steps: int | None = None
+    """Also every so many steps."""
 
     def __post_init__(self) -> None:
         _require(self.log_every >= 1, "run.log-every", self.log_every, "1 or more")
-        _require(self.checkpoint_epochs > 0, "run.checkpoint-epochs", self.checkpoint_epochs, "a number above 0")
+        _require(self.checkpoint_minutes > 0, "run.checkpoint-minutes", self.checkpoint_minutes, "a number above 0")
+        ok = self.checkpoint_steps is None or self.checkpoint_steps >= 1
+        _require(ok, "run.checkpoint-steps", self.checkpoint_steps, "1 or more")
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,13 @@ def gather_lines(lines: list[str], device: torch.device) -> list[str]:
     return sorted(set(bytes(joined.tolist()).decode().splitlines()))
 
 
+def on_any_rank(flags: list[bool], device: torch.device) -> list[bool]:
+    """Of each flag, whether it is set on some rank. Waits for the device if there are several ranks."""
+    if world_size() == 1:
+        return flags
+    return (sum_over_ranks(torch.tensor(flags, dtype=torch.int32, device=device)) > 0).tolist()
+
+
 def sum_over_ranks(value: Tensor) -> Tensor:
     """`value` summed over ranks, in place."""
     if world_size() > 1:

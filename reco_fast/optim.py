@@ -35,8 +35,13 @@ class LARS(torch.optim.Optimizer):
     """SGD with momentum whose step for each weight matrix is scaled by η·‖w‖/‖g + λw‖ (arXiv 1708.03888, eq. 6).
 
     Groups with `adapt=False` (norm and bias parameters) take the plain step. A few multi-tensor kernels a step and
-    no synchronisation.
+    no synchronisation. As in PyTorch's fused optimizers, a scaler or the caller may set `grad_scale` (0-d, what
+    gradients were multiplied by) and `found_inf` (0-d, 1 where this step must change nothing).
     """
+
+    _step_supports_amp_scaling = True  # so that GradScaler leaves both to `step`, and does not wait for the device
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
 
     def __init__(self, params: Any, lr: float, momentum: float = 0.9, trust: float = 1e-3) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": 0.0, "adapt": True, "trust": trust})
@@ -47,17 +52,26 @@ class LARS(torch.optim.Optimizer):
             weights = [p for p in group["params"] if p.grad is not None]
             if not weights:
                 continue
-            updates: list[Tensor] = list(
-                torch._foreach_add([p.grad for p in weights], weights, alpha=group["weight_decay"])
-            )
+            gradients: list[Tensor] = [p.grad for p in weights]
+            if self.grad_scale is not None:
+                gradients = list(torch._foreach_div(gradients, self.grad_scale))
+            if self.found_inf is not None:
+                gradients = [torch.where(self.found_inf > 0, 0.0, g) for g in gradients]
+            updates: list[Tensor] = list(torch._foreach_add(gradients, weights, alpha=group["weight_decay"]))
             if group["adapt"]:
                 scales = torch.stack(torch._foreach_norm(weights)), torch.stack(torch._foreach_norm(updates))
                 trust = torch.where((scales[0] > 0) & (scales[1] > 0), group["trust"] * scales[0] / scales[1], 1.0)
                 torch._foreach_mul_(updates, list(trust.unbind()))
             buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in weights]
-            torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, updates)
-            torch._foreach_add_(weights, buffers, alpha=-group["lr"])
+            if self.found_inf is None:
+                torch._foreach_mul_(buffers, group["momentum"])
+                torch._foreach_add_(buffers, updates)
+                torch._foreach_add_(weights, buffers, alpha=-group["lr"])
+            else:
+                torch._foreach_mul_(buffers, torch.where(self.found_inf > 0, 1.0, group["momentum"]))
+                torch._foreach_mul_(updates, 1 - self.found_inf)
+                torch._foreach_add_(buffers, updates)
+                torch._foreach_add_(weights, torch._foreach_mul(buffers, (self.found_inf - 1) * group["lr"]))
 
 
 def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:

@@ -9,7 +9,6 @@ from reco_fast.config import (
     LossConfig,
     ModelConfig,
     OptimConfig,
-    RunConfig,
     TrainConfig,
 )
 
@@ -37,7 +36,6 @@ IMAGENET100 = Config(
     loss=LossConfig(ramp=0.5),
     optim=OptimConfig(lr=0.06, weight_decay=1e-4),
     train=TrainConfig(epochs=100, batch_size=128),
-    run=RunConfig(checkpoint_epochs=1),
 )
 
 # MoCo v2's: rate 0.03 for a batch of 256.

@@ -2,10 +2,13 @@
 
 import dataclasses
 import datetime
+import fcntl
 import json
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -45,16 +48,32 @@ def choose(config: Config, preset: str) -> tuple[Path, Path | None]:
         number += 1
 
 
-def create(folder: Path, config: Config) -> None:
-    """Make the folder and write config.json and environment.json. Raises ConfigError where that is not possible."""
+@contextmanager
+def claimed(folder: Path, config: Config) -> Iterator[None]:
+    """Make the folder, keep other runs out of it, and write config.json and environment.json.
+
+    Raises ConfigError where it cannot be written or another run is at work in it.
+    """
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        write_json(folder / "environment.json", environment())
-        write_json(folder / "config.json", config.to_json())
+        lock = open(folder / ".lock", "a")  # noqa: SIM115 - held for as long as the run lasts
     except OSError as error:
-        raise ConfigError(
-            f"--run.dir: expected a folder that can be written, got {folder} ({error.strerror})"
-        ) from None
+        raise _unwritable(folder, error) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"--run.dir: expected a folder that no other run is writing to, got {folder}") from None
+        try:
+            write_json(folder / "environment.json", environment())
+            write_json(folder / "config.json", config.to_json())
+        except OSError as error:
+            raise _unwritable(folder, error) from None
+        yield
+
+
+def _unwritable(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"--run.dir: expected a folder that can be written, got {folder} ({error.strerror})")
 
 
 def read_config(folder: Path) -> Config:

@@ -27,6 +27,7 @@ METRICS = (
     "positive_similarity",
     "feature_mean_norm",
     "feature_std",
+    "skipped_steps",
 )
 
 
@@ -111,7 +112,9 @@ def train_step(
 ) -> Tensor:
     """One optimizer step on this rank's views (two strong ones, and a weak one if the global relation is on).
 
-    Returns `METRICS` [len(METRICS)] float32 on the device; nothing waits for the device.
+    Where a gradient is not finite, weights and momentum stay, alike on all ranks, and the step counts as skipped.
+    Returns `METRICS` [len(METRICS)] float32 on the device, zeros but for the last in a skipped step; nothing waits
+    for the device.
     """
     for group in state.optimizer.param_groups:
         group["lr"] = schedule.lr
@@ -127,15 +130,34 @@ def train_step(
         metrics.append(measured)
         keys.append(part_keys)
     with region("optimizer"):
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-        state.optimizer.zero_grad(set_to_none=True)
+        skipped = _apply_gradients(state)
     with region("moving_average"):
         state.update_teacher(schedule.teacher_momentum)
     with region("enqueue"):
-        state.bank.enqueue(*(distributed.all_gather(unit(torch.cat(part))) for part in zip(*keys, strict=True)))
+        state.bank.enqueue(*(distributed.all_gather(_clean_rows(part)) for part in zip(*keys, strict=True)))
     state.step += 1
-    return torch.stack(metrics).mean(dim=0)
+    return torch.cat([torch.where(skipped > 0, 0.0, torch.stack(metrics).mean(dim=0)), skipped[None]])
+
+
+def _apply_gradients(state: TrainState) -> Tensor:
+    """Step the optimizer, or not where a gradient is not finite (0-d float32: 1), decided on the device.
+
+    Gradients are averages over ranks by now, so all ranks decide alike.
+    """
+    gradients = [p.grad for p in state.student.parameters() if p.grad is not None]
+    skipped = 1 - torch.stack(torch._foreach_norm(gradients)).sum().isfinite().float()
+    if not state.scaler.is_enabled():  # the scaler does the same by itself
+        state.optimizer.found_inf = skipped  # type: ignore[attr-defined]
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    return skipped
+
+
+def _clean_rows(parts: tuple[Tensor, ...]) -> Tensor:
+    """Unit rows for the banks; a key that overflowed becomes zeros and so repels nothing."""
+    rows = unit(torch.cat(parts))
+    return torch.where(rows.isfinite().all(dim=1, keepdim=True), rows, 0.0)
 
 
 def _forward(

@@ -5,9 +5,10 @@ Reads from top to bottom: the command line, what a run needs, the loop. `step.tr
 
 import dataclasses
 import inspect
-import math
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -29,6 +30,9 @@ from reco_fast.presets import PRESETS
 from reco_fast.profiling.trace import region, trace
 from reco_fast.state import TrainState, build_state, pick_device
 from reco_fast.step import METRICS, draw, scheduled, train_step
+from reco_fast.stop import StopRequest
+
+MANY_SKIPPED = 20  # steps in a row without a finite gradient, after which a run gives up
 
 
 def main() -> NoReturn:
@@ -59,10 +63,8 @@ def train(preset: str, config: Config) -> int:
             if distributed.rank() == 0:
                 print(f"{folder} is finished: {done}")
             return 0
-        progress = Progress() if resume_from is None else Progress(**checkpoint.load(resume_from, state))
         writes = distributed.rank() == 0
-        if writes:
-            run_folder.create(folder, config)
+        progress = Progress() if resume_from is None else Progress(**checkpoint.load(resume_from, state))
         order = TrainingOrder(
             len(source),
             config.train.batch_size,
@@ -71,6 +73,7 @@ def train(preset: str, config: Config) -> int:
             seed=config.train.seed,
         )
         with (
+            run_folder.claimed(folder, config) if writes else nullcontext(),
             open_loader(
                 config.data.loader,
                 source,
@@ -83,9 +86,11 @@ def train(preset: str, config: Config) -> int:
                 first_step=state.step,
             ) as loader,
             RunLog(folder if writes else None, total_steps=run.stop_at, first_step=state.step) as log,
+            checkpoint.Writer(folder / "checkpoints") as writer,
+            StopRequest() as stop,
         ):
             log.say(f"{folder}: {config.loss.objective} with {config.model.arch} on {len(source)} images, {device}")
-            loop(run, state, progress, loader, log)
+            loop(run, state, progress, loader, log, writer, stop)
     return 0
 
 
@@ -126,14 +131,29 @@ class Progress:
     seconds: float = 0.0
     sums: list[float] = field(default_factory=lambda: [0.0] * len(METRICS))
     summed_steps: int = 0
+    skipped_in_a_row: int = 0
+
+    def add(self, meter: Meter) -> None:
+        """Take over what the meter has counted."""
+        self.images, self.seconds = self.images + meter.images, self.seconds + meter.seconds
+        meter.images, meter.seconds = 0, 0.0
 
 
-def loop(run: Run, state: TrainState, progress: Progress, loader: Loader, log: RunLog) -> None:
-    """Fetch, step, log, evaluate, checkpoint; from `state.step` to the end."""
+def loop(
+    run: Run,
+    state: TrainState,
+    progress: Progress,
+    loader: Loader,
+    log: RunLog,
+    writer: checkpoint.Writer,
+    stop: StopRequest,
+) -> None:
+    """Fetch, step, log, evaluate, checkpoint; from `state.step` to the end or to a request to stop."""
     config = run.config
     if state.step == 0:
         progress.knn_top1_initial = progress.knn_top1 = evaluate(run, state, log)
     meter = Meter()
+    saved_at = time.monotonic()
     sums = torch.tensor(progress.sums, device=state.device)
     batches = iter(loader)
     profile = config.profile
@@ -149,32 +169,42 @@ def loop(run: Run, state: TrainState, progress: Progress, loader: Loader, log: R
             sums += train_step(state, config, batch.views, draws, schedule)
             progress.summed_steps += 1
             meter.add(config.train.batch_size)
-            ended = state.step == run.stop_at
             log.advance(state.step)
-            if ended or state.step % config.run.log_every == 0:
-                means = distributed.sum_over_ranks(sums) / (distributed.world_size() * progress.summed_steps)
-                values = dict(zip(METRICS, means.tolist(), strict=True))
-                check_finite(values, run, state)
+
+            ended = state.step == run.stop_at
+            logs = ended or state.step % config.run.log_every == 0
+            if logs:
+                values = averages(sums, progress)
                 rate, waited = meter.read()
                 log.train(
                     {"step": state.step, "epoch": run.epoch(state.step)}
                     | values
                     | {"lr": schedule.lr, "images_per_second": rate, "data_wait_fraction": waited}
                 )
-                sums.zero_()
-                progress.summed_steps = 0
             if ended or run.due(state.step, config.eval.every):
                 progress.knn_top1 = evaluate(run, state, log)
                 meter.restart()
-            if ended or run.due(state.step, config.run.checkpoint_epochs):
-                progress.images, progress.seconds = progress.images + meter.images, progress.seconds + meter.seconds
-                sums = distributed.sum_over_ranks(sums) / distributed.world_size()
-                progress.sums = sums.tolist()
-                save(run, state, progress)
+            stopping, overdue = False, False
+            if logs or distributed.world_size() == 1:  # several ranks agree when they wait for each other anyway
+                late = time.monotonic() - saved_at > 60 * config.run.checkpoint_minutes
+                stopping, overdue = distributed.on_any_rank([stop.signal_name is not None, late], state.device)
+            at_step = config.run.checkpoint_steps is not None and state.step % config.run.checkpoint_steps == 0
+            if ended or stopping or overdue or at_step:
+                meter.read()
+                progress.add(meter)
+                progress.sums = (distributed.sum_over_ranks(sums) / distributed.world_size()).tolist()
+                sums = torch.tensor(progress.sums, device=state.device)
+                if distributed.rank() == 0:
+                    writer.save(state, dataclasses.asdict(progress))
                 bad = [f"{name}\t{reason}" for name, reason in loader.bad_images.items()]
                 log.bad_images(distributed.gather_lines(bad, state.device))
-                meter = Meter()
+                saved_at = time.monotonic()
             profiler.step()
+            if stopping and not ended:
+                writer.wait()
+                log.say(f"stopped at step {state.step} ({stop.signal_name}); go on with --run.dir {run.folder}")
+                return
+    writer.wait()
     log.end(
         {
             "epochs": run.epoch(state.step),
@@ -187,13 +217,24 @@ def loop(run: Run, state: TrainState, progress: Progress, loader: Loader, log: R
     )
 
 
-def check_finite(values: dict[str, float], run: Run, state: TrainState) -> None:
-    """Stop a run that has left the numbers; its last checkpoint is from before."""
-    if not math.isfinite(values["loss"]):
+def averages(sums: Tensor, progress: Progress) -> dict[str, float]:
+    """`METRICS` over all ranks and the steps since the last call that were not skipped; the sums start anew.
+
+    Raises ConfigError after `MANY_SKIPPED` steps in a row without a finite gradient.
+    """
+    totals = (distributed.sum_over_ranks(sums) / distributed.world_size()).tolist()
+    skipped = round(totals[-1])
+    values = {n: t / max(1, progress.summed_steps - skipped) for n, t in zip(METRICS, totals, strict=True)}
+    values["skipped_steps"] = skipped
+    progress.skipped_in_a_row = progress.skipped_in_a_row + skipped if skipped == progress.summed_steps else 0
+    if progress.skipped_in_a_row >= MANY_SKIPPED:
         raise ConfigError(
-            f"--optim.lr: the loss is {values['loss']} by step {state.step}; "
-            f"try a lower rate, --optim.warmup-epochs, or --train.precision fp32 (checkpoints in {run.folder} are good)"
+            f"--optim.lr: no finite gradient in the last {progress.skipped_in_a_row} steps; try a lower rate, "
+            "--optim.warmup-epochs or --train.precision fp32 (the last checkpoint is intact)"
         )
+    sums.zero_()
+    progress.summed_steps = 0
+    return values
 
 
 def check_ranks(config: Config) -> None:
@@ -252,12 +293,6 @@ def evaluate(run: Run, state: TrainState, log: RunLog) -> float | None:
         top1 = knn_top1(features, len(run.labelled.classes), k=options.knn_k, temperature=options.knn_temperature)
     log.evaluation(state.step, run.epoch(state.step), top1)
     return top1
-
-
-def save(run: Run, state: TrainState, progress: Progress) -> None:
-    if distributed.rank() == 0:
-        checkpoint.save(state, run.folder / "checkpoints", progress=dataclasses.asdict(progress))
-    distributed.barrier()
 
 
 def view_grid(batch: Batch, recipe: Recipe) -> Tensor:

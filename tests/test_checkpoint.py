@@ -18,6 +18,14 @@ CONFIG = Config(
 )
 
 
+def save(state: TrainState, directory: Path, progress: dict[str, object]) -> Path:
+    with checkpoint.Writer(directory) as writer:
+        writer.save(state, progress)
+    newest = checkpoint.latest(directory)
+    assert newest is not None
+    return newest
+
+
 def trained(steps: int, seed: int = 0) -> TrainState:
     state = build_state(CONFIG, torch.device("cpu"))
     go_on(state, steps, seed)
@@ -33,7 +41,7 @@ def go_on(state: TrainState, steps: int, seed: int = 0) -> None:
 
 def test_training_goes_on_from_a_checkpoint_bit_for_bit(tmp_path: Path) -> None:
     straight = trained(5)
-    checkpoint.save(trained(3), tmp_path, progress={"note": [0.1, None]})
+    save(trained(3), tmp_path, {"note": [0.1, None]})
     resumed = build_state(CONFIG, torch.device("cpu"))
     assert checkpoint.load(checkpoint.latest(tmp_path), resumed) == {"note": [0.1, None]}
     assert resumed.step == 3
@@ -51,7 +59,7 @@ def test_the_two_newest_are_kept_and_no_temporary_file(tmp_path: Path) -> None:
     state = trained(0)
     for step in (1, 2, 10):
         state.step = step
-        checkpoint.save(state, tmp_path, progress={})
+        save(state, tmp_path, {})
     assert [path.name for path in sorted(tmp_path.iterdir())] == [
         "step-000000002.safetensors",
         "step-000000010.safetensors",
@@ -63,7 +71,7 @@ def test_the_two_newest_are_kept_and_no_temporary_file(tmp_path: Path) -> None:
     "damage", ["truncated", "flipped byte", "not a checkpoint", "pickle", "other format", "missing"]
 )
 def test_damaged_or_foreign_files_are_refused_and_change_nothing(tmp_path: Path, damage: str) -> None:
-    path = checkpoint.save(trained(1), tmp_path, progress={})
+    path = save(trained(1), tmp_path, {})
     data = bytearray(path.read_bytes())
     if damage == "truncated":
         path.write_bytes(data[:-100])
@@ -90,7 +98,36 @@ def test_damaged_or_foreign_files_are_refused_and_change_nothing(tmp_path: Path,
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
-    path = checkpoint.save(trained(0), tmp_path, progress={})
+    path = save(trained(0), tmp_path, {})
     other = Config(model=ModelConfig(arch="timm/test_resnet", bank_size=128, projection_dim=16), train=CONFIG.train)
     with pytest.raises(ConfigError, match=r"bank\.keys"):
         checkpoint.load(path, build_state(other, torch.device("cpu")))
+
+
+def test_what_changes_after_save_is_not_in_it(tmp_path: Path) -> None:
+    state = trained(0)
+    before = state.student.projector[0].weight.detach().clone()
+    with checkpoint.Writer(tmp_path) as writer:
+        writer.save(state, {})
+        go_on(state, 1)
+    fresh = build_state(CONFIG, torch.device("cpu"))
+    checkpoint.load(checkpoint.latest(tmp_path), fresh)
+    assert torch.equal(fresh.student.projector[0].weight, before)
+
+
+def test_a_failed_write_is_one_line_and_keeps_the_last_good_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = trained(0)
+    good = save(state, tmp_path, {})
+
+    def full(*args: object, **kwargs: object) -> None:
+        (tmp_path / "step-000000005.tmp").touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    state.step = 5
+    with pytest.raises(ConfigError, match="No space left on device"), checkpoint.Writer(tmp_path) as writer:
+        writer.save(state, {})
+    assert list(tmp_path.iterdir()) == [good]
+    checkpoint.load(good, state)

@@ -53,6 +53,21 @@ def test_lars_leaves_a_zero_weight_finite() -> None:
     torch.testing.assert_close(weight.detach(), torch.full((2, 2), -0.1))
 
 
+@pytest.mark.parametrize("name", ["sgd", "lars"])
+def test_a_skipped_step_changes_nothing_and_the_next_one_is_whole(name: str) -> None:
+    runs = []
+    for skips in (True, False):
+        net = model()
+        optimizer = build_optimizer(net, OptimConfig(name=name, lr=0.1))
+        for bad in (False, True, False, False) if skips else (False, False, False):
+            for parameter in net.parameters():
+                parameter.grad = torch.full_like(parameter, float("nan") if bad else 0.5)
+            optimizer.found_inf = torch.tensor(float(bad))
+            optimizer.step()
+        runs.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=0)
+
+
 def test_fused_sgd_is_plain_sgd() -> None:
     ours, plain = model(), model()
     config = OptimConfig(lr=0.1, weight_decay=0.0)

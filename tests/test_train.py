@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from reco_fast import cli, train
+from reco_fast.config import ConfigError
 
 SMALL = (
     "--model.arch timm/test_resnet --model.stem standard --model.bank-size 32 --model.projection-dim 16 "
-    "--train.batch-size 16 --train.device cpu --run.log-every 2"
+    "--model.key-norm batch --loss.ramp 0 --train.batch-size 16 --train.device cpu --run.log-every 2"
 ).split()
 
 
@@ -180,3 +182,27 @@ def test_two_ranks_train_under_torchrun(images: Path, tmp_path: Path) -> None:
     end = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert end["steps"] == 7
     assert done.stdout.count("step 7") == 1
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(images: Path, tmp_path: Path) -> None:
+    arguments = ["-m", "reco_fast.train", "cifar10", "--data.path", images / "train", "--run.dir", tmp_path / "run"]
+    line = [str(part) for part in (sys.executable, *arguments, *SMALL, "--train.epochs", 8, "--run.log-every", "1")]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        for shown in running.stdout:
+            if shown.startswith("step 5 "):
+                running.send_signal(signal.SIGTERM)
+                break
+        rest, errors = running.communicate(timeout=60)
+    assert running.returncode == 0, errors
+    assert "SIGTERM" in rest
+    assert "--run.dir" in rest
+    stopped_at = int(rest.split("stopped at step ")[1].split()[0])
+    assert (tmp_path / "run" / "checkpoints" / f"step-{stopped_at:09d}.safetensors").exists()
+    lines = run(images, tmp_path / "run", "--train.epochs", 8, "--run.log-every", 1)
+    assert [entry["step"] for entry in lines if entry["kind"] == "train"] == list(range(1, 29))
+    assert lines[-1]["kind"] == "end"
+
+
+def test_a_run_without_finite_gradients_gives_up(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no finite gradient in the last"):
+        run(images, tmp_path / "run", "--train.epochs", 20, "--optim.lr", "1e30")
