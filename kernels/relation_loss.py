@@ -41,9 +41,11 @@ Four launches and no atomics, so the same inputs give the same bits:
   3. `_combine_kernel`: joins a row's splits, then the formulas above.
   4. `_mean_kernel`: the means over the batch, and the total.
 
-The products run in the bank's dtype with float32 sums: rows are rounded to it, and so are the exponentials before the
-second product. ⟨q, O_t⟩ and the positives use the rounded row as well, so that the value is exactly that of a nearby
-row, and O is divided by the sum of the *rounded* exponentials, so that its weights add up to 1.
+The products run in the bank's dtype with float32 sums: rows are rounded to it (q̂), and so are the exponentials before
+the second product. Two corrections cost next to nothing:
+
+    lse(q)       = lse(q̂) + ⟨q − q̂, O⟩/τ                            to second order in the rounding of the row
+    O            = Σ_j p̂_j a_j / Σ_j p̂_j                            the rounded exponentials' weights add up to 1
 """
 
 import math
@@ -260,11 +262,11 @@ def _combine_kernel(query, query_mix, key, unit_rows, permutation, mix_ratio, pa
 
     q, q_inverse = _unit(tl.load(query + here, mask=inside, other=0.0).to(tl.float32))
     k, _ = _unit(tl.load(key + here, mask=inside, other=0.0).to(tl.float32))
-    q_low = tl.load(unit_rows + QUERY * N * D + here, mask=inside, other=0.0).to(tl.float32)
+    q_lost = q - tl.load(unit_rows + QUERY * N * D + here, mask=inside, other=0.0).to(tl.float32)
 
-    # instance: softplus(z), sigmoid(z)(O − k)/τ
+    # instance: softplus(z), sigmoid(z)(O − k)/τ, with lse(q) = lse(q̂) + ⟨q − q̂, O⟩/τ to second order in q − q̂
     lse, mean = _join(partial_mean, partial_lse, row, splits, D, BLOCK_D, BLOCK_S)
-    z = lse * LN_2 - tl.sum(q_low * k, axis=0) * inverse_temperature
+    z = lse * LN_2 + tl.sum(q_lost * mean - q * k, axis=0) * inverse_temperature
     tl.store(row_losses + row, _softplus(z))
     grad = (mean - k) * (tl.sigmoid(z) * inverse_temperature)
 
@@ -273,7 +275,7 @@ def _combine_kernel(query, query_mix, key, unit_rows, permutation, mix_ratio, pa
         lse_t, mean_t = _join(partial_mean, partial_lse, (2 + LOCAL) * N + row, splits, D, BLOCK_D, BLOCK_S)
         v_low = tl.load(unit_rows + TEACHER * N * D + here, mask=inside, other=0.0).to(tl.float32)
         # global: lse_s − ⟨q, O_t⟩/τ_s, (O_s − O_t)/τ_s; the teacher's entropy: lse_t − ⟨v, O_t⟩/τ_t
-        loss = lse_s * LN_2 - tl.sum(q_low * mean_t, axis=0) * inverse_student_temperature
+        loss = lse_s * LN_2 + tl.sum(q_lost * mean_s - q * mean_t, axis=0) * inverse_student_temperature
         entropy = lse_t * LN_2 - tl.sum(v_low * mean_t, axis=0) * inverse_teacher_temperature
         tl.store(row_losses + N + row, loss)
         tl.store(row_losses + 3 * N + row, entropy)
@@ -286,13 +288,13 @@ def _combine_kernel(query, query_mix, key, unit_rows, permutation, mix_ratio, pa
     if LOCAL:
         lse, mean = _join(partial_mean, partial_lse, N + row, splits, D, BLOCK_D, BLOCK_S)
         m, m_inverse = _unit(tl.load(query_mix + here, mask=inside, other=0.0).to(tl.float32))
-        m_low = tl.load(unit_rows + MIX * N * D + here, mask=inside, other=0.0).to(tl.float32)
+        m_lost = m - tl.load(unit_rows + MIX * N * D + here, mask=inside, other=0.0).to(tl.float32)
         # local target: t = unit(λ·a + (1 − λ)·k[π])
         other = tl.load(permutation + row).to(tl.int64) * D + column
         k_other, _ = _unit(tl.load(key + other, mask=inside, other=0.0).to(tl.float32))
         ratio = _number(mix_ratio + row * mix_ratio_stride)
         target, _ = _unit(ratio * (q if ANCHOR_IS_QUERY else k) + (1.0 - ratio) * k_other)
-        z = lse * LN_2 - tl.sum(m_low * target, axis=0) * inverse_temperature
+        z = lse * LN_2 + tl.sum(m_lost * mean - m * target, axis=0) * inverse_temperature
         tl.store(row_losses + 2 * N + row, _softplus(z))
         grad = (mean - target) * (_number(local_weight) * tl.sigmoid(z) * inverse_temperature)
         grad = (grad - tl.sum(grad * m, axis=0) * m) * (m_inverse / N)

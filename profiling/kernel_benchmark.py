@@ -178,7 +178,7 @@ def event_times(run: Callable[[], Any], seconds: float = 1.0) -> list[float]:
 
 def _time_on_cpu(step: Step, result: Result) -> None:
     step()
-    times = []
+    times: list[float] = []
     began = time.perf_counter()
     while len(times) < 3 or (time.perf_counter() - began < 1 and len(times) < 50):
         start = time.perf_counter()

@@ -1,5 +1,8 @@
 """The ReCo loss and its gradients in float64 NumPy, written from the paper's formulas: softmax over whole logits, and
-the gradient of each term by hand. Also the problems that the implementations are compared on."""
+the gradient of each term by hand. Also the problems that the implementations are compared on.
+
+    TRITON_INTERPRET=1 python tests/float64_reference.py      # the table of errors in docs/kernels.md
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -187,3 +190,32 @@ def _contrast(x: np.ndarray, target: np.ndarray, bank: np.ndarray, temperature: 
     p, log_p = _softmax(np.concatenate([positive, x @ bank.T], axis=1) / temperature)
     p[:, 0] -= 1
     return -log_p[:, 0], (p[:, :1] * target + p[:, 1:] @ bank) / temperature
+
+
+def _table(rows: int = 16, length: int = 1000) -> None:
+    from reco_fast.kernels.reference import reco_loss_sdpa, reco_loss_torch
+    from reco_fast.kernels.relation_loss import reco_loss_triton
+
+    def autocast(*args: Any, **settings: Any) -> ReCoLossOutput:
+        with torch.autocast(args[0].device.type, torch.bfloat16):
+            return reco_loss_torch(*args, **settings)
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"N = {rows}, K = {length}, D = 128, on {device}; rows float32\n")
+    print("| inputs | banks | implementation | total | grad query | grad query_mix |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for kind in KINDS:
+        for dtype, name in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
+            problem = make_problem(kind, rows, length, 128, torch.float32, dtype, device)
+            expected = solve(problem)
+            implementations = {"triton": reco_loss_triton, "sdpa": reco_loss_sdpa, "torch": reco_loss_torch}
+            if name == "bfloat16":
+                implementations["autocast"] = autocast
+            for label, function in implementations.items():
+                found = errors(run(function, problem), expected)
+                numbers = (found.total, found.grad_query, found.grad_query_mix)
+                print(f"| {kind} | {name} | {label} |", *(f"{x:.1e} |" for x in numbers), flush=True)
+
+
+if __name__ == "__main__":
+    _table()
