@@ -1,5 +1,6 @@
 """Profiler hooks: a context manager around the loop and named ranges inside the step."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,6 +8,18 @@ from typing import Protocol
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule, tensorboard_trace_handler
+
+REGIONS = (
+    "data_wait",
+    "teacher_forward",
+    "student_forward",
+    "loss",
+    "backward",
+    "optimizer",
+    "moving_average",
+    "enqueue",
+)
+"""The named ranges of a step, in the order in which they happen."""
 
 region = record_function
 
@@ -25,18 +38,31 @@ class _NoHook:
 def trace(directory: Path | None, *, wait: int, warmup: int, active: int) -> Iterator[Hook]:
     """Record `active` steps after `wait` and `warmup` others, as a TensorBoard trace in `directory`.
 
+    The trace holds allocations too (the Memory view). With CUDA there is also `memory_PID.pickle` of the recorded
+    steps and the steps before them, a timeline of every allocation for https://docs.pytorch.org/memory_viz.
     With `directory` None nothing is set up and nothing is recorded.
     """
     if directory is None:
         yield _NoHook()
         return
-    activities = [ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(ProfilerActivity.CUDA)
+    # Kineto reports its own start and stop, and on a machine without a GPU an "ERROR" that is none.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    cuda = torch.cuda.is_available()
+    activities = [ProfilerActivity.CPU] + cuda * [ProfilerActivity.CUDA]
+    write_trace = tensorboard_trace_handler(str(directory))
+
+    def write(profiler: profile) -> None:
+        write_trace(profiler)
+        if cuda:
+            torch.cuda.memory._dump_snapshot(str(directory / f"memory_{os.getpid()}.pickle"))
+            torch.cuda.memory._record_memory_history(enabled=None)
+
+    if cuda:
+        torch.cuda.memory._record_memory_history(max_entries=100_000)
     with profile(
         activities=activities,
         schedule=schedule(wait=wait, warmup=warmup, active=active, repeat=1),
-        on_trace_ready=tensorboard_trace_handler(str(directory)),
+        on_trace_ready=write,
         profile_memory=True,
         record_shapes=True,
     ) as profiler:

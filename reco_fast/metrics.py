@@ -9,15 +9,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 
 class Meter:
-    """Images a second and the share of the time spent waiting for data, between two readings.
+    """Images a second, step times and the share of the time spent waiting for data, between two readings.
 
-    `images` and `seconds` are the sums over all readings.
+    `images` and `seconds` are the sums over all readings. A step's time is what passes on the host from the end of one
+    step to the end of the next; a GPU works behind it, so single steps are exact on a CPU only.
     """
 
     def __init__(self) -> None:
@@ -30,6 +32,7 @@ class Meter:
         self._start = time.perf_counter()
         self._new_images = 0
         self._waited = 0.0
+        self._step_ends = [self._start]
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -39,6 +42,12 @@ class Meter:
 
     def add(self, images: int) -> None:
         self._new_images += images
+        self._step_ends.append(time.perf_counter())
+
+    def step_times(self) -> dict[str, float]:
+        """Median and 95th percentile of the steps since the last reading, in milliseconds. At least one is needed."""
+        p50, p95 = np.percentile(np.diff(self._step_ends), (50, 95)) * 1e3
+        return {"step_ms_p50": float(p50), "step_ms_p95": float(p95)}
 
     def read(self) -> tuple[float, float]:
         """Images/s and data-wait share since the last reading, and start anew."""

@@ -27,6 +27,7 @@ from reco_fast.pipelines.loader import Batch, Loader, open_loader
 from reco_fast.pipelines.order import TrainingOrder
 from reco_fast.pipelines.sources import ImageSource, open_source
 from reco_fast.presets import PRESETS
+from reco_fast.profiling.flops import utilisation_per_image
 from reco_fast.profiling.trace import region, trace
 from reco_fast.state import TrainState, build_state, pick_device
 from reco_fast.step import METRICS, draw, scheduled, train_step
@@ -157,6 +158,7 @@ def loop(
     sums = torch.tensor(progress.sums, device=state.device)
     batches = iter(loader)
     profile = config.profile
+    utilisation = utilisation_per_image(state, config) if profile.enabled else None
     traces = run.folder / "tensorboard" if profile.enabled else None
     with trace(traces, wait=profile.wait, warmup=profile.warmup, active=profile.active) as profiler:
         while state.step < run.stop_at:
@@ -175,11 +177,14 @@ def loop(
             logs = ended or state.step % config.run.log_every == 0
             if logs:
                 values = averages(sums, progress)
+                times = meter.step_times()
                 rate, waited = meter.read()
                 log.train(
                     {"step": state.step, "epoch": run.epoch(state.step)}
                     | values
                     | {"lr": schedule.lr, "images_per_second": rate, "data_wait_fraction": waited}
+                    | times
+                    | ({} if utilisation is None else {"model_flops_utilisation": rate * utilisation})
                 )
             if ended or run.due(state.step, config.eval.every):
                 progress.knn_top1 = evaluate(run, state, log)

@@ -1,0 +1,57 @@
+"""Counted floating-point operations of a step, and the share of the machine's matrix rate that a run reaches."""
+
+import copy
+import time
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from reco_fast import distributed
+from reco_fast.config import Config
+from reco_fast.state import TrainState
+
+__all__ = ["matmul_rate", "step_flops", "utilisation_per_image"]
+
+
+def step_flops(state: TrainState, config: Config) -> float:
+    """Floating-point operations of one step of the whole batch: encoders, and the loss's products with the banks.
+
+    Counted on the meta device: nothing is computed and no statistics of the encoders change.
+    """
+    encoder = copy.deepcopy(state.student).to("meta")
+    images = torch.empty(2, 3, config.data.image_size, config.data.image_size, device="meta")
+    with FlopCounterMode(display=False) as student:
+        encoder(images).sum().backward()
+    with FlopCounterMode(display=False) as teacher, torch.no_grad():
+        encoder(images)
+    views = 1 + config.loss.uses_local, 1 + config.loss.uses_global
+    encoders = (views[0] * student.get_total_flops() + views[1] * teacher.get_total_flops()) / len(images)
+    # Logits and their weighted sum of rows, 2·K·D each, for q|A, q_mix|A, and q|B with k_w|B.
+    row_sets = 1 + config.loss.uses_local + 2 * config.loss.uses_global
+    bank = row_sets * 4 * config.model.bank_size * config.model.projection_dim
+    return config.train.batch_size * (encoders + bank)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a large plain matrix product, the best of a few: what the machine gives here and now."""
+    size, repeats = (8192, 10) if device.type == "cuda" else (1024, 5)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(repeats):
+        _synchronize(device)
+        start = time.perf_counter()
+        torch.mm(a, b)
+        _synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def utilisation_per_image(state: TrainState, config: Config) -> float:
+    """Model FLOP utilisation for each image/s of the run: counted operations over the measured rate of all ranks."""
+    rate = distributed.world_size() * matmul_rate(state.device, state.precision)
+    return step_flops(state, config) / config.train.batch_size / rate
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
