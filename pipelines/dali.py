@@ -18,7 +18,7 @@ from reco_fast.pipelines.augmentations import Recipe, ViewParameters, ViewRecipe
 from reco_fast.pipelines.images import BadImage, to_ppm
 from reco_fast.pipelines.loader import Batch, ImageReader, Loader, OnBadImage, Sample
 from reco_fast.pipelines.order import Order
-from reco_fast.pipelines.sources import ImageSource
+from reco_fast.pipelines.sources import DataError, ImageSource
 
 __all__ = ["DaliLoader"]
 
@@ -54,9 +54,9 @@ class DaliLoader(Loader):
         self._order = order
         self._reader = ImageReader(source, on_bad_image, cache_bytes=_CACHE_BYTES)
         self._bad = self._reader.bad
-        self._ahead = _ReadAhead(order, self._reader, first_step)
-        self._again: deque[_Encoded] = deque()  # taken from DALI when a batch before it failed
-        self._in_flight: deque[_Encoded] = deque()
+        self._ahead = _ReadAhead(order, self._reader, first_step, self._prepare)
+        self._again: deque[_Prepared] = deque()  # taken from DALI when a batch before it failed
+        self._in_flight: deque[_Prepared] = deque()
         self._pipeline: Any = None
 
     def __next__(self) -> Batch:
@@ -65,12 +65,14 @@ class DaliLoader(Loader):
                 self._pipeline = self._build()
             try:
                 outputs = self._run()
-            except RuntimeError as error:  # what DALI raises for an image that it cannot decode
+            except DataError:  # from our own thread
+                raise
+            except (RuntimeError, ValueError, IndexError) as error:  # what DALI raises for an image it cannot use
                 self._recover(error)
                 continue
-            encoded = self._in_flight.popleft()
+            prepared = self._in_flight.popleft()
             views = tuple(from_dlpack(view.as_tensor()).permute(0, 3, 1, 2) for view in outputs)
-            return Batch(views, torch.tensor([sample.place for sample in encoded.samples]))
+            return Batch(views, torch.tensor([sample.place for sample in prepared.samples]))
         raise StopIteration
 
     def _run(self) -> Any:
@@ -80,6 +82,12 @@ class DaliLoader(Loader):
     def _on_gpu(self) -> bool:
         return self._device.type == "cuda"
 
+    @property
+    def _device_id(self) -> int | None:
+        if not self._on_gpu:
+            return None
+        return torch.cuda.current_device() if self._device.index is None else self._device.index
+
     def _build(self) -> Any:
         pipeline = _graph(
             self._feed,
@@ -87,7 +95,7 @@ class DaliLoader(Loader):
             self._on_gpu,
             batch_size=self._order.batch_size,
             num_threads=self._workers,
-            device_id=(self._device.index or 0) if self._on_gpu else None,
+            device_id=self._device_id,
             prefetch_queue_depth=_DECODE_AHEAD,
             exec_dynamic=True,
         )
@@ -96,18 +104,20 @@ class DaliLoader(Loader):
 
     def _feed(self) -> list[Any]:
         """The next batch's inputs, as DALI asks for them."""
-        encoded = self._again.popleft() if self._again else self._ahead.take()
-        samples = encoded.samples
+        prepared = self._again.popleft() if self._again else self._ahead.take()
+        self._in_flight.append(prepared)
+        return prepared.inputs
+
+    def _prepare(self, positions: NDArray[np.int64], samples: list[Sample]) -> "_Prepared":
         inputs: list[Any] = [[np.frombuffer(sample.data, np.uint8) for sample in samples]]
         heights = np.array([sample.height for sample in samples], np.int64)
         widths = np.array([sample.width for sample in samples], np.int64)
         for number, view in enumerate(self._recipe.views):
-            parameters = sample_parameters(view, number, self._seed, encoded.positions, heights, widths)
+            parameters = sample_parameters(view, number, self._seed, positions, heights, widths)
             inputs.extend(_view_inputs(view, parameters, self._on_gpu).values())
-        self._in_flight.append(encoded)
-        return inputs
+        return _Prepared(positions, samples, inputs)
 
-    def _recover(self, error: RuntimeError) -> None:
+    def _recover(self, error: Exception) -> None:
         """After a failed batch: give its images to Pillow, which decodes them or says which are bad, and do what was
         under way again in a new pipeline."""
         if not self._in_flight or self._in_flight[0].by_pillow:
@@ -115,8 +125,8 @@ class DaliLoader(Loader):
         self._drop_pipeline()
         failed, *rest = self._in_flight
         self._in_flight.clear()
-        samples = [self._by_pillow(sample) for sample in failed.samples]
-        self._again.extendleft(reversed([_Encoded(failed.positions, samples, True), *rest]))
+        mended = self._prepare(failed.positions, [self._by_pillow(sample) for sample in failed.samples])
+        self._again.extendleft(reversed([mended._replace(by_pillow=True), *rest]))
 
     def _by_pillow(self, sample: Sample) -> Sample:
         while True:
@@ -136,20 +146,27 @@ class DaliLoader(Loader):
             self._pipeline = None
 
 
-class _Encoded(NamedTuple):
+class _Prepared(NamedTuple):
     positions: NDArray[np.int64]
     samples: list[Sample]
+    inputs: list[Any]  # of the graph, in its order
     by_pillow: bool = False
 
 
 class _ReadAhead:
-    """Reads the batches of an order, some ahead, in a thread."""
+    """Reads and prepares the batches of an order, some ahead, in a thread."""
 
-    def __init__(self, order: Order, reader: ImageReader, first_step: int) -> None:
-        self._queue: Queue[_Encoded | BaseException] = Queue(_READ_AHEAD)
+    def __init__(
+        self,
+        order: Order,
+        reader: ImageReader,
+        first_step: int,
+        prepare: Callable[[NDArray[np.int64], list[Sample]], _Prepared],
+    ) -> None:
+        self._queue: Queue[_Prepared | BaseException] = Queue(_READ_AHEAD)
         self._closing = threading.Event()
         self._thread = threading.Thread(
-            target=self._read, args=(order, reader, first_step), name="reco_fast read-ahead", daemon=True
+            target=self._read, args=(order, reader, first_step, prepare), name="reco_fast read-ahead", daemon=True
         )
         self._thread.start()
 
@@ -157,7 +174,7 @@ class _ReadAhead:
     def closed(self) -> bool:
         return self._closing.is_set()
 
-    def take(self) -> _Encoded:
+    def take(self) -> _Prepared:
         """The next batch. Raises StopIteration after the last, or what reading it raised."""
         item = self._queue.get()
         if isinstance(item, BaseException):
@@ -169,19 +186,25 @@ class _ReadAhead:
         self._closing.set()
         self._thread.join()
 
-    def _read(self, order: Order, reader: ImageReader, step: int) -> None:
+    def _read(
+        self,
+        order: Order,
+        reader: ImageReader,
+        step: int,
+        prepare: Callable[[NDArray[np.int64], list[Sample]], _Prepared],
+    ) -> None:
         try:
             with ThreadPoolExecutor(_READERS, thread_name_prefix="reco_fast reader") as pool:
                 while not self.closed and (order.steps is None or step < order.steps):
                     positions, indices = order.batch(step)
                     chunks = pool.map(lambda part: [reader.read(i) for i in part.tolist()], _split(indices))
-                    self._put(_Encoded(positions, [sample for chunk in chunks for sample in chunk]))
+                    self._put(prepare(positions, [sample for chunk in chunks for sample in chunk]))
                     step += 1
             self._put(StopIteration())
         except BaseException as error:
             self._put(error)
 
-    def _put(self, item: _Encoded | BaseException) -> None:
+    def _put(self, item: _Prepared | BaseException) -> None:
         while not self.closed:
             try:
                 return self._queue.put(item, timeout=0.1)

@@ -43,7 +43,8 @@ class Loader(ABC):
     @property
     def bad_images(self) -> dict[str, str]:
         """Name → reason, of every image and folder that could not be used so far."""
-        return self._source.unreadable | {self._source.names[index]: reason for index, reason in self._bad.items()}
+        bad = self._bad.copy()  # a thread may be adding to it
+        return self._source.unreadable | {self._source.names[index]: reason for index, reason in bad.items()}
 
     def __iter__(self) -> Iterator[Batch]:
         return self
