@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import multiprocessing
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -329,6 +330,39 @@ def test_what_passes_the_check_and_fails_to_decode_is_replaced_too(
             assert torch.equal(next(loader).indices, indices)
         assert set(loader.bad_images) == bad
         assert loader.bad_images["huffman.jpg"] == "broken data stream when reading image file"
+
+
+def test_fuzzed_files_end_no_process_and_both_loaders_call_the_same_ones_bad(tmp_path: Path) -> None:
+    """300 files with a few bytes changed, half of them in the header; in a process of its own, which might die."""
+    chosen = random.Random(0)
+    for number in range(300):
+        data = bytearray(encode(picture(seed=number % 20), "JPEG", progressive=number % 5 == 0))
+        for _ in range(chosen.randint(1, 8)):
+            data[chosen.randrange(min(len(data), 650) if number % 2 else len(data))] = chosen.randrange(256)
+        (tmp_path / f"{number}.jpg").write_bytes(data)
+    script = """
+import sys
+from reco_fast.pipelines.augmentations import reco_recipe
+from reco_fast.pipelines.loader import open_loader
+from reco_fast.pipelines.order import TrainingOrder
+from reco_fast.pipelines.sources import open_source
+source = open_source(sys.argv[1])
+for kind in sys.argv[2:]:
+    order = TrainingOrder(len(source), 32)
+    with open_loader(kind, source, reco_recipe(32), order, device="cpu", seed=0, workers=1) as loader:
+        for _ in range(len(source) // 32 + 2):
+            next(loader)
+        print(*sorted(loader.bad_images))
+"""
+    kinds = ["dali", "torch"] if HAS_DALI else ["torch"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, os.fspath(tmp_path), *kinds], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    bad = done.stdout.splitlines()
+    assert len(bad) == len(kinds)
+    assert len(set(bad)) == 1
+    assert 50 < len(bad[0].split()) < 250
 
 
 def test_a_small_source_is_read_once(tmp_path: Path) -> None:
