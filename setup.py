@@ -5,7 +5,11 @@ from pathlib import Path
 
 from setuptools import setup
 
+EXPORT = ["onnx>=1.18", "onnxscript>=0.5"]  # for --format onnx
+PARQUET = ["pyarrow>=16"]
+EXAMPLES = ["lightning>=2.5", "lightly>=1.5.20", "faiss-cpu>=1.9"]
 TEST = ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6", "matplotlib>=3.8", "ruff>=0.12", "mypy>=1.15"]
+TEST += [*EXPORT, "onnxruntime>=1.20", *PARQUET, *EXAMPLES]
 
 setup(
     name="reco-fast",
@@ -38,6 +42,9 @@ setup(
     extras_require={
         "dali": ["nvidia-dali-cuda130>=2.0"],
         "dali-cuda12": ["nvidia-dali-cuda120>=2.0"],
+        "export": EXPORT,
+        "parquet": PARQUET,
+        "examples": EXAMPLES,
         "profile": ["torch-tb-profiler>=0.4.3"],
         "test": TEST,
     },

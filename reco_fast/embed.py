@@ -1,0 +1,207 @@
+"""Features of any folder of images or .tar shards, with their paths.
+
+`python -m reco_fast.embed RUN_DIR --data.path DIR --output FILE`
+
+Interrupted, the same command goes on where it stopped.
+"""
+
+import dataclasses
+import hashlib
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import torch
+import tyro
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from reco_fast import cli
+from reco_fast.config import ConfigError, DataConfig
+from reco_fast.embed_files import Part, Parts, name_bad_images, write_npz, write_parquet, write_projector
+from reco_fast.evaluate import load_run, loader_workers
+from reco_fast.export import check_output, whole_file
+from reco_fast.pipelines.augmentations import evaluation_recipe
+from reco_fast.pipelines.loader import open_loader
+from reco_fast.pipelines.order import EvaluationOrder
+from reco_fast.pipelines.sources import ImageSource, open_source
+from reco_fast.state import pick_device, pick_precision
+
+PART_SECONDS = 30.0  # of work that an interruption loses at most
+LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
+
+
+@dataclass(frozen=True)
+class ImagesConfig:
+    path: Path | None = None
+    """A folder at any depth, or WebDataset .tar shards."""
+    loader: Literal["auto", "dali", "torch"] = "auto"
+    """auto takes DALI where it is installed."""
+    workers: int = 0
+    """Loader threads (DALI) or processes (torch); 0 means one for each core."""
+    on_bad_image: Literal["skip", "raise"] = "skip"
+    """skip leaves out a file that cannot be decoded and names it in FILE.bad_images.txt."""
+
+
+@dataclass(frozen=True)
+class EmbedCommand:
+    run_dir: tyro.conf.Positional[Path]
+    """Folder of a run."""
+    output: Path
+    """.npz with `features` [n, F] float32, `paths` [n] and, of images in one folder a class, `labels` [n] and
+    `classes`; or .parquet with the columns path, features, label and class."""
+    data: ImagesConfig = field(default_factory=ImagesConfig)
+    which: Literal["student", "teacher"] = "student"
+    """Whose backbone."""
+    batch_size: int = 256
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    projector: Path | None = None
+    """New folder for TensorBoard's Projector: features and thumbnails of at most 5,000 images."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ConfigError(f"--batch-size: expected 1 or more, got {self.batch_size}")
+
+
+def main() -> NoReturn:
+    cli.run(lambda: embed(cli.parse(EmbedCommand, sys.argv[1:], prog="python -m reco_fast.embed", description=__doc__)))
+
+
+def embed(command: EmbedCommand) -> int:
+    """Write the features. Raises ConfigError or DataError, with nothing written, for a user's mistake."""
+    check_output(command.output, (".npz", ".parquet"))
+    if command.output.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise ConfigError("--output: expected .npz, or pyarrow for .parquet; pip install 'reco-fast[parquet]'")
+    if command.projector is not None and command.projector.exists() and any(command.projector.iterdir()):
+        raise ConfigError(f"--projector: expected a new or an empty folder, got {command.projector}")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("WORLD_SIZE: expected one process, without torchrun, got more")
+    if command.data.path is None:
+        raise ConfigError("--data.path: expected a folder of images or .tar shards, got nothing")
+    config, encoder = load_run(command.run_dir, command.which)
+    data = dataclasses.replace(config.data, **dataclasses.asdict(command.data))
+    device = pick_device(command.device)
+    precision = pick_precision(config.train.precision, device)
+    source = open_source(command.data.path)
+    backbone = encoder.get_submodule("backbone").eval()
+    settings = (str(precision), device.type, data.loader, data.image_size, command.batch_size)
+    parts = Parts(Path(f"{command.output}.parts"), fingerprint(source, backbone, settings))
+    backbone = backbone.to(device).to(memory_format=torch.channels_last)
+    try:
+        compute(backbone, source, data, parts, batch_size=command.batch_size, device=device, precision=precision)
+    except KeyboardInterrupt:
+        print(f"\nstopped after {parts.images} images; the same command goes on from there", file=sys.stderr)
+        return 130
+    found = parts.join(source.unreadable)
+    with whole_file(command.output) as path:
+        (write_npz if command.output.suffix == ".npz" else write_parquet)(path, found, source)
+    parts.remove()
+    print(f"{command.output}: {len(found.features):,} × {found.features.shape[1]} features of the {command.which}")
+    name_bad_images(Path(f"{command.output}.bad_images.txt"), found.bad)
+    if command.projector is not None:
+        write_projector(command.projector, found, source, workers=loader_workers(data))
+    return 0
+
+
+def fingerprint(source: ImageSource, backbone: nn.Module, settings: tuple[object, ...]) -> str:
+    """Equal only where the features would be the same: images by name and size, weights, and how they are run."""
+    digest = hashlib.sha256(repr((source.fingerprint(), settings)).encode())
+    for name, value in sorted(backbone.state_dict().items()):
+        digest.update(name.encode() + value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@torch.inference_mode()
+def compute(
+    backbone: nn.Module,
+    source: ImageSource,
+    data: DataConfig,
+    parts: Parts,
+    *,
+    batch_size: int,
+    device: torch.device,
+    precision: torch.dtype,
+) -> None:
+    """Add to `parts` what they lack. Whatever ends it, what was computed is kept."""
+    order = EvaluationOrder(len(source), batch_size)
+    assert order.steps is not None
+    if parts.steps == order.steps:
+        return
+    part = Part(parts.steps)
+    started = time.monotonic()
+    with (
+        open_loader(
+            data.loader,
+            source,
+            evaluation_recipe(data.image_size),
+            order,
+            device=device,
+            seed=0,
+            workers=loader_workers(data),
+            on_bad_image=data.on_bad_image,
+            first_step=parts.steps,
+        ) as loader,
+        progress(len(source), parts.images) as advance,
+    ):
+        try:
+            for step, batch in zip(range(parts.steps, order.steps), loader, strict=True):
+                with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+                    features = backbone(batch.views[0]).float().cpu().numpy()
+                _, wanted = order.batch(step)
+                good = batch.indices.numpy() == wanted  # in place of a bad image stands a good one, which has its own
+                bad = {}
+                if not good.all():
+                    reasons = loader.bad_images
+                    bad = {source.names[index]: reasons[source.names[index]] for index in wanted[~good].tolist()}
+                part.add(features[good], wanted[good], bad)
+                advance(len(wanted))
+                if time.monotonic() - started > PART_SECONDS:
+                    parts.add(part)
+                    part = Part(step + 1)
+                    started = time.monotonic()
+        finally:
+            parts.add(part)
+            if parts.steps == 0:
+                parts.remove()
+
+
+@contextmanager
+def progress(total: int, done: int) -> Iterator[Callable[[int], None]]:
+    """A function that is told of more images: a bar on a terminal, else a line now and then."""
+    start = last = time.monotonic()
+    first = done
+
+    def rate() -> str:
+        return f"{(done - first) / max(time.monotonic() - start, 1e-9):.0f} img/s"
+
+    if sys.stdout.isatty():
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+        with Progress(TextColumn("[bold]images"), *columns) as bar:
+            task = bar.add_task("embed", total=total, completed=done, rate="")
+
+            def advance(images: int) -> None:
+                nonlocal done
+                done += images
+                bar.update(task, completed=done, rate=rate())
+
+            yield advance
+        return
+
+    def line(images: int) -> None:
+        nonlocal done, last
+        done += images
+        if done == total or time.monotonic() - last > LINE_SECONDS:
+            last = time.monotonic()
+            print(f"{done:,} of {total:,} images  {rate()}", flush=True)
+
+    yield line
+
+
+if __name__ == "__main__":
+    main()
