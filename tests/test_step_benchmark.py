@@ -1,0 +1,174 @@
+"""The whole step beside a plain one: they compute the same, the benchmark says which is faster, and why it can be."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from reco_fast.config import Config, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from reco_fast.profiling import benchmark
+from reco_fast.profiling.naive import NaiveReCo
+from reco_fast.state import build_state
+from reco_fast.step import Schedule, draw, train_step
+
+CPU = torch.device("cpu")
+CONFIG = Config(
+    model=ModelConfig(arch="timm/test_resnet", bank_size=64, projection_dim=16, teacher_momentum=0.9),
+    loss=LossConfig(mix_anchor="query"),
+    optim=OptimConfig(lr=0.1, decay_all=True),
+    train=TrainConfig(batch_size=16, precision="fp32"),
+)
+
+
+def views(rows: int, size: int = 32) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(rows, 3, size, size, generator=generator) for _ in range(3))
+
+
+def test_the_naive_step_computes_what_the_trainer_does() -> None:
+    """Three steps from one start: losses, what each weight of both encoders has moved, and both banks are equal."""
+    state = build_state(CONFIG, CPU)
+    start = [parameter.detach().clone() for parameter in state.student.parameters()]
+    naive = NaiveReCo(CONFIG, CPU)
+    naive.student.load_state_dict(state.student.state_dict())
+    naive.teacher.load_state_dict(state.teacher.state_dict())
+    naive.queue, naive.queue_weak = state.bank.keys.T.clone(), state.bank.weak_keys.T.clone()
+    given = views(16)
+    for _ in range(3):
+        drawn = draw(state.step, 16, CONFIG, CPU)
+        metrics = train_step(
+            state,
+            CONFIG,
+            tuple(view.to(memory_format=torch.channels_last) for view in given),
+            drawn,
+            Schedule(lr=CONFIG.optim.lr, relation_weight=1.0, teacher_momentum=0.9),
+        )
+        measured = naive.step(given, drawn[0].permutation, drawn[0].mix_weights)
+        assert measured["loss"] == pytest.approx(float(metrics[0]), rel=1e-4)
+        assert 0 <= measured["top1"] <= measured["top5"] <= 100
+    naive._update_teacher()  # the reference does it at the start of the next step
+    for ours, theirs in ((state.student, naive.student), (state.teacher, naive.teacher)):
+        for (name, mine), other, before in zip(ours.named_parameters(), theirs.parameters(), start, strict=True):
+            moved = (other - before).norm()
+            assert (mine - other).norm() < 0.01 * moved + 1e-5, name
+    torch.testing.assert_close(state.bank.keys.T, naive.queue, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(state.bank.weak_keys.T, naive.queue_weak, rtol=1e-3, atol=1e-3)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    small = "--model.arch timm/test_resnet --model.bank-size 32 --train.batch-size 16 --train.device cpu".split()
+    small += "--rounds 2 --steps 1 --warmup 1".split()
+    monkeypatch.setattr(sys, "argv", ["benchmark", *small, *map(str, arguments)])
+    return benchmark.main()
+
+
+def test_the_benchmark_leaves_its_figures_with_what_they_were_measured_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    assert run(monkeypatch, "--against", "naive", "supervised", "--output", tmp_path / "out") == 0
+    report = json.loads((tmp_path / "out" / "step.json").read_text())
+    rounds, results = report["steps"]["rounds"], report["steps"]["results"]
+    assert set(results) == {"ours", "naive", "supervised"}
+    ratios = sorted(round_["naive"] / round_["ours"] for round_ in rounds)
+    assert results["naive"]["ours_times_as_fast_range"] == pytest.approx([ratios[0], ratios[-1]])
+    assert results["naive"]["ours_times_as_fast"] == pytest.approx(sum(ratios) / 2)  # the median of two
+    assert results["supervised"]["ours_share_of_bound"] == pytest.approx(
+        results["supervised"]["ours_times_as_fast"] * 8 / 3
+    )
+    assert report["config"]["model"]["bank_size"] == 32
+    assert report["environment"]["packages"]["torch"] == torch.__version__.partition("+")[0]
+    table = (tmp_path / "out" / "step.md").read_text()
+    assert "| naive |" in table
+    assert table == capsys.readouterr().out
+    assert (tmp_path / "out" / "step.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_loaders_are_compared_by_their_own_benchmark(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, photographs: Path
+) -> None:
+    pytest.importorskip("nvidia.dali")
+    pytest.importorskip("matplotlib")
+    where = ["--data.path", photographs, "--output", tmp_path]
+    assert run(monkeypatch, "--against", "torchvision", "--data.workers", 1, "--rounds", 1, *where) == 0
+    report = json.loads((tmp_path / "step.json").read_text())
+    assert report["loaders"]["results"]["torchvision"]["times"]["torchvision"] == 1
+    assert "steps" not in report
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flag"),
+    [
+        (("--against", "torchvision"), "--data.path"),
+        (("--model.bank-size", 40), "--model.bank-size"),
+        (("--loss.objective", "moco"), "--loss.objective"),
+        (("--rounds", 0), "--rounds"),
+        (("--against", "lightning"), "lightning"),
+    ],
+)
+def test_mistakes_name_the_flag(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: tuple[object, ...], flag: str
+) -> None:
+    with pytest.raises(benchmark.ConfigError, match=flag):
+        run(monkeypatch, "--output", tmp_path / "out", *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+# The gradient of global mean pooling is a broadcast of one number a channel, which has no layout yet; the ReLU's
+# backward pass, the next operator, writes channels-last.
+WITHOUT_LAYOUT = {"aten::expand", "aten::div"}
+
+
+class LayoutRecorder(TorchDispatchMode):
+    """Operators that leave an activation [rows, C > 1, H > 1, W > 1] in another layout than channels-last."""
+
+    broken: ClassVar[list[tuple[str, tuple[int, ...]]]] = []
+    seen: ClassVar[int] = 0
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if not isinstance(tensor, Tensor) or tensor.dim() != 4 or len(tensor) != self.rows:
+                continue
+            # The pixel mix looks at its images as [n, H, W, 3]: a view, not a layout.
+            if min(tensor.shape[1:]) > 1 and tensor.shape[3] != 3:
+                type(self).seen += 1
+                if not tensor.is_contiguous(memory_format=torch.channels_last):
+                    self.broken.append((func._schema.name, tuple(tensor.shape)))
+        return result
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("first_layout", [torch.channels_last, torch.contiguous_format])
+def test_activations_and_their_gradients_stay_channels_last(precision: str, first_layout: torch.memory_format) -> None:
+    """A whole step of a torchvision ResNet-18. With views in the other layout the walk must find that it is not so."""
+    rows = 6  # no number of channels
+    config = dataclasses.replace(
+        CONFIG,
+        model=dataclasses.replace(CONFIG.model, arch="resnet18"),
+        train=TrainConfig(batch_size=rows, precision=precision),
+    )
+    state = build_state(config, CPU)
+    given = tuple(view.contiguous(memory_format=first_layout) for view in views(rows))
+    draws = draw(0, rows, config, CPU)
+    LayoutRecorder.broken, LayoutRecorder.seen = [], 0
+    with LayoutRecorder(rows):
+        train_step(state, config, given, draws, Schedule(lr=0.1, relation_weight=1.0, teacher_momentum=0.9))
+    assert LayoutRecorder.seen > 300  # four passes of 20 convolutions with norms and activations, two of them back
+    if first_layout is torch.channels_last:
+        # resnet18 ends at 4 × 4 for 32 px, in both student passes.
+        pooled = (rows, 512, 4, 4)
+        assert [found for found in LayoutRecorder.broken if found[0] not in WITHOUT_LAYOUT or found[1] != pooled] == []
+    else:
+        assert len(LayoutRecorder.broken) > 4
