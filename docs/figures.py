@@ -1,0 +1,81 @@
+"""Draw the pictures of the README from the runs in docs/results: `python docs/figures.py` (needs matplotlib)."""
+
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+HERE = Path(__file__).parent
+INK, QUIET, BANDS = "#222222", "#8a8a8a", ("#dbe9f6", "#fde3cf", "#e1f0dc")
+
+
+def box(
+    axes: Axes, x: float, y: float, text: str, colour: str = "white", width: float = 1.8, height: float = 0.62
+) -> None:
+    axes.add_patch(
+        plt.Rectangle((x - width / 2, y - height / 2), width, height, facecolor=colour, edgecolor=INK, linewidth=0.9)
+    )
+    axes.text(x, y, text, ha="center", va="center", fontsize=7.5, color=INK)
+
+
+def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], style: str = "-") -> None:
+    axes.annotate("", end, start, arrowprops={"arrowstyle": "->", "linestyle": style, "color": INK, "linewidth": 0.9})
+
+
+def method(axes: Axes) -> None:
+    """Views, encoders, banks and the three terms."""
+    axes.set(xlim=(0, 10), ylim=(0, 5.2), aspect="equal")
+    axes.axis("off")
+    rows = {"mixed view": 4.5, "strong view 1": 3.4, "strong view 2": 2.3, "weak view": 1.2}
+    for name, y in rows.items():
+        box(axes, 1.2, y, name)
+    box(axes, 3.6, 3.95, "student", "#eeeeee", height=1.75)
+    box(axes, 3.6, 1.75, "teacher\n(EMA)", "#eeeeee", height=1.75)
+    for y in rows.values():
+        arrow(axes, (2.05, y), (2.75, y))
+    box(axes, 6.0, 2.3, "memory bank\nof strong keys", width=1.9)
+    box(axes, 6.0, 1.2, "memory bank\nof weak keys", width=1.9)
+    for y in (2.3, 1.2):
+        arrow(axes, (4.45, y), (5.05, y), "--")
+    terms = (("local relation", 4.5, BANDS[2]), ("instance", 3.4, BANDS[0]), ("global relation", 2.3, BANDS[1]))
+    for name, y, colour in terms:
+        box(axes, 8.7, y, name, colour)
+    arrow(axes, (4.45, 4.5), (7.85, 4.5))
+    arrow(axes, (4.45, 3.4), (7.85, 3.4))
+    arrow(axes, (6.95, 2.45), (7.9, 4.25))
+    arrow(axes, (6.95, 2.35), (7.9, 3.2))
+    arrow(axes, (6.95, 1.3), (7.9, 2.1))
+    arrow(axes, (4.45, 3.2), (7.85, 2.4))
+    axes.text(
+        5,
+        0.35,
+        "one streaming pass over each bank gives all three terms and their gradients",
+        ha="center",
+        fontsize=7,
+        color=QUIET,
+    )
+
+
+def learning_curve(axes: Axes) -> None:
+    """kNN against epochs of the quickstart preset, a line for each seed."""
+    for path in sorted((HERE / "results").glob("quickstart-seed*.jsonl")):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        points = [(line["epoch"], line["knn_top1"]) for line in lines if line["kind"] == "eval"]
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.2, label=path.stem.split("-")[1])
+    axes.set(xlabel="epoch", ylabel="kNN top-1, %", ylim=(0, 100), title="quickstart, 2 CPU cores")
+    axes.title.set_fontsize(8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=7, loc="lower right")
+    axes.tick_params(labelsize=7)
+
+
+def main() -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), width_ratios=(2, 1), layout="constrained")
+    method(left)
+    learning_curve(right)
+    figure.savefig(HERE / "images" / "overview.png", dpi=150)
+
+
+if __name__ == "__main__":
+    main()
