@@ -78,7 +78,7 @@ def embed(command: EmbedCommand) -> int:
     check_output(command.output, (".npz", ".parquet"))
     if command.output.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise ConfigError("--output: expected .npz, or pyarrow for .parquet; pip install 'reco-fast[parquet]'")
-    if command.projector is not None and command.projector.exists() and any(command.projector.iterdir()):
+    if command.projector is not None and (command.projector.is_file() or list(command.projector.glob("*"))):
         raise ConfigError(f"--projector: expected a new or an empty folder, got {command.projector}")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("WORLD_SIZE: expected one process, without torchrun, got more")

@@ -120,10 +120,11 @@ class Parts:
 
     def remove(self) -> None:
         """The folder and what this class wrote into it."""
-        for path in (self._label, *self._folder.glob("part-*.npz*")):
-            path.unlink(missing_ok=True)
-        if self._folder.is_dir() and not any(self._folder.iterdir()):
-            self._folder.rmdir()
+        if self._folder.is_dir():
+            for path in (self._label, *self._folder.glob("part-*.npz*")):
+                path.unlink(missing_ok=True)
+            if not any(self._folder.iterdir()):
+                self._folder.rmdir()
 
 
 def write_npz(path: Path, found: Embeddings, source: ImageSource) -> None:
