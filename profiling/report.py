@@ -1,0 +1,187 @@
+"""One page about the speed of a run: `python -m reco_fast.profiling.report RUN_DIR`.
+
+Where a step's time goes, how fast the run was, what bounds it and why, and the one setting most likely to help. Prints
+the page and leaves it in the run folder as `profile.txt`, with a picture, `profile.png`. The run must have a trace:
+train with --profile.enabled.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from reco_fast import cli
+from reco_fast.config import Config, ConfigError
+from reco_fast.profiling.breakdown import Breakdown, newest_trace, read_trace
+from reco_fast.run_folder import read_config
+
+Bound = Literal["data", "compute", "memory", "launch", "communication"]
+MATTERS = 0.15  # a share of the step below which another bound is looked for
+MOSTLY = 0.5
+
+
+class Verdict(NamedTuple):
+    bound: Bound
+    reason: str
+    advice: str
+
+
+def judge(found: Breakdown, config: Config) -> Verdict:
+    """What bounds the step. The first that holds of: waiting for data, waiting for other ranks, a device (or operators)
+    idle while the host works, then the kind of work that fills most of the time."""
+    waited = found.share("data_wait")
+    idle = 1 - found.busy
+    # On a GPU the host may wait for data while the device still works: only what leaves it idle costs time.
+    lost = min(waited, idle) if found.device == "GPU" else waited
+    if lost > MATTERS:
+        return Verdict("data", f"{lost:.0%} of the step passes in waiting for the next batch", _data_advice(config))
+    if found.exposed_communication > MATTERS:
+        return Verdict(
+            "communication",
+            f"{found.exposed_communication:.0%} of the step is communication behind which nothing else runs",
+            _communication_advice(config),
+        )
+    if idle - lost > 2 * MATTERS:
+        what = "the GPU runs no kernel" if found.device == "GPU" else "no operator runs"
+        return Verdict(
+            "launch",
+            f"in {idle - lost:.0%} of the step {what} while the host is busy with Python and with starting "
+            f"{found.operators_per_step:.0f} of them a step",
+            _launch_advice(found, config),
+        )
+    if found.matrix > MOSTLY:
+        reason = f"{found.matrix:.0%} of the time of operators is convolutions and matrix products"
+        return Verdict("compute", reason, _compute_advice(found, config))
+    return Verdict(
+        "memory",
+        f"{1 - found.matrix:.0%} of the time of operators is norms, activations, pooling and copies, which move memory",
+        _memory_advice(found, config),
+    )
+
+
+def _data_advice(config: Config) -> str:
+    if config.data.loader == "torch":
+        return "--data.loader dali: one decode for all views, in threads instead of processes"
+    if config.data.workers:
+        return f"--data.workers: more than the {config.data.workers} of this run, up to one for each core"
+    return "images stored smaller: at twice --data.image-size they decode faster and lose little"
+
+
+def _communication_advice(config: Config) -> str:
+    if config.model.key_norm == "shuffle":
+        return "--model.key-norm split: shuffle gathers whole image batches from all ranks"
+    return "--train.batch-size: a larger one, since gradients are exchanged once a step"
+
+
+def _launch_advice(found: Breakdown, config: Config) -> str:
+    if not _compiled(found, config):
+        return "--train.compile: fewer and larger operators"
+    return "--train.batch-size: a larger one gives each operator more to do"
+
+
+def _compute_advice(found: Breakdown, config: Config) -> str:
+    if config.train.precision == "fp32":
+        return "--train.precision auto: matrix units work in bf16 or fp16 where there are any"
+    if not _compiled(found, config):
+        return "--train.compile: norms and activations are folded into fewer passes"
+    return "more ranks (torchrun --nproc-per-node), or a smaller --model.arch: the arithmetic itself is the limit"
+
+
+def _memory_advice(found: Breakdown, config: Config) -> str:
+    if not _compiled(found, config):
+        return "--train.compile: norms, activations and additions become one pass over memory"
+    if config.train.precision == "fp32":
+        return "--train.precision auto: half the bytes where the device computes in bf16 or fp16"
+    return "--data.image-size: fewer pixels, the bytes of every activation shrink with them"
+
+
+def _compiled(found: Breakdown, config: Config) -> bool:
+    return config.train.compile if config.train.compile is not None else found.device == "GPU"
+
+
+def training_lines(run: Path) -> list[dict[str, Any]]:
+    """What the run logged. Raises ConfigError where it logged nothing."""
+    path = run / "metrics.jsonl"
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: expected the log of a run, got {error}") from None
+    train = [line for line in lines if line["kind"] == "train"]
+    if not train:
+        raise ConfigError(f"{path}: expected logged steps, got none; see --run.log-every")
+    return train
+
+
+def page(run: Path, found: Breakdown, logged: list[dict[str, Any]], config: Config) -> str:
+    verdict = judge(found, config)
+
+    def median(name: str) -> float | None:
+        values = [line[name] for line in logged if line.get(name) is not None]
+        return statistics.median(values) if values else None
+
+    speed = [f"{median('images_per_second'):,.0f} images/s", f"data wait {median('data_wait_fraction'):.1%}"]
+    if (p50 := median("step_ms_p50")) is not None:
+        speed.append(f"step p50 {p50:,.1f} ms, p95 {median('step_ms_p95'):,.1f} ms")
+    if (utilisation := median("model_flops_utilisation")) is not None:
+        speed.append(f"model FLOPs at {utilisation:.1%} of a large matrix product's rate")
+    lines = [
+        f"{run}: {config.loss.objective} with {config.model.arch}, {config.data.image_size} px, "
+        f"batch {config.train.batch_size}, K = {config.model.bank_size:,}, on a {found.device}",
+        "",
+        f"whole run, medians: {'; '.join(speed)}",
+        f"recorded: {found.steps} steps of {found.step_ms:,.1f} ms under the profiler, which itself takes time",
+        "",
+        *(_bar(name, value, found.step_ms) for name, value in found.phases_ms.items()),
+        _bar("other", found.other_ms, found.step_ms),
+        "",
+        f"bound: {verdict.bound}, because {verdict.reason}",
+        f"try:   {verdict.advice}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _bar(name: str, ms: float, step_ms: float) -> str:
+    return f"  {name:16} {ms:10,.2f} ms {ms / step_ms:6.1%}  {'█' * round(40 * ms / step_ms)}".rstrip()
+
+
+def picture(found: Breakdown, logged: list[dict[str, Any]], verdict: Verdict, path: Path) -> None:
+    """Phases of the step, and images/s over the run."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ConfigError("the picture needs matplotlib; pip install 'reco-fast[profile]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.4), layout="constrained", width_ratios=(3, 2))
+    phases = {**found.phases_ms, "other": found.other_ms}
+    bars = left.barh(list(phases), list(phases.values()), color=[*["#4477aa"] * len(found.phases_ms), "#bbbbbb"])
+    left.bar_label(bars, [f"{ms / found.step_ms:.0%}" for ms in phases.values()], padding=3)
+    left.margins(x=0.12)
+    left.invert_yaxis()
+    left.set(xlabel="ms a step", title=f"a step of {found.step_ms:,.0f} ms; bound: {verdict.bound}")
+    right.plot([line["step"] for line in logged], [line["images_per_second"] for line in logged], "o-", color="#4477aa")
+    right.set(xlabel="step", ylabel="images/s", title="throughput")
+    right.set_ylim(bottom=0)
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN_DIR")
+    run: Path = parser.parse_args().run
+    found = read_trace(newest_trace(run))
+    config, logged = read_config(run), training_lines(run)
+    text = page(run, found, logged, config)
+    print(text, end="")
+    (run / "profile.txt").write_text(text, encoding="utf-8")
+    picture(found, logged, judge(found, config), run / "profile.png")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
