@@ -319,17 +319,15 @@ embed.main()
 """
 
 
-def test_killed_and_started_again(run: Path, images: Path, tmp_path: Path) -> None:
-    options = ["--batch-size", "16", "--data.loader", "torch", "--data.workers", "0", "--device", "cpu"]
+def test_killed_and_started_again(run: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--batch-size", str(BATCH), "--data.loader", "torch", "--data.workers", "0", "--device", "cpu"]
     arguments = [str(run), "--data.path", str(images), "--output", str(tmp_path / "f.npz"), *options]
     killed = subprocess.run([sys.executable, "-c", DIES, *arguments], check=False)
     assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "f.npz").exists()
-    done = subprocess.run(
-        [sys.executable, "-m", "reco_fast.embed", *arguments], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "40 of 40 images" in done.stdout
-    assert "40 × 96 features" in done.stdout
-    with np.load(tmp_path / "f.npz") as arrays:
-        np.testing.assert_allclose(arrays["features"], by_extract_features(run, images), rtol=1e-4, atol=1e-4)
+    assert sum(1 for _ in tmp_path.rglob("part-*")) == 2
+    arrays = embedded(run, images, tmp_path / "f.npz")
+    shown = capsys.readouterr().out
+    assert "40 of 40 images" in shown
+    assert "40 × 96 features" in shown
+    np.testing.assert_allclose(arrays["features"], by_extract_features(run, images), rtol=1e-4, atol=1e-4)

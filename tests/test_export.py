@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -272,11 +271,16 @@ def test_without_the_onnx_packages_it_says_what_to_install(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_line(timm_run: Path, tmp_path: Path) -> None:
-    arguments = [str(timm_run), "--format", "safetensors", "--output", str(tmp_path / "a.safetensors")]
-    done = subprocess.run(
-        [sys.executable, "-m", "reco_fast.export", *arguments], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n") == 1
-    assert done.stderr == ""
+def test_the_command_line(
+    timm_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "a.onnx.safetensors"
+    monkeypatch.setattr(sys, "argv", ["export", str(timm_run), "--format", "safetensors", "--output", str(output)])
+    with pytest.raises(SystemExit) as stop:
+        export.main()
+    assert stop.value.code == 0
+    shown = capsys.readouterr()
+    assert shown.out.count("\n") == 1
+    assert str(output) in shown.out
+    assert shown.err == ""
+    assert output.exists()
