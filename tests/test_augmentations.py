@@ -90,13 +90,28 @@ def test_probabilities_and_ranges_are_those_of_moco_v2() -> None:
         (p.hue[p.jitter], -0.1, 0.1),
         (p.blur_sigma[p.blur_sigma > 0], 0.1, 2.0),
     ):
-        counts, _ = np.histogram(values, bins=20, range=(low, high))
-        assert counts.sum() == len(values)
-        chi_squared = ((counts - len(values) / 20) ** 2 / (len(values) / 20)).sum()
-        assert chi_squared < 50  # 19 degrees of freedom: passed by chance with probability 0.9999
+        assert_uniform(values, low, high)
     off = ~p.jitter
     assert (p.brightness[off] == 1).all()
     assert (p.hue[off] == 0).all()
+
+
+def assert_uniform(values: np.ndarray, low: float, high: float) -> None:
+    counts, _ = np.histogram(values, bins=20, range=(low, high))
+    assert counts.sum() == len(values)
+    chi_squared = ((counts - len(values) / 20) ** 2 / (len(values) / 20)).sum()
+    assert chi_squared < 50  # 19 degrees of freedom: passed by chance with probability 0.9999
+
+
+def test_area_logarithm_of_aspect_and_place_of_crops_are_uniform() -> None:
+    """Where every proposal fits, and on an image so large that rounding to pixels is no matter."""
+    view = ViewRecipe(area=(0.2, 0.5))
+    side = 1_000_000
+    p = sample_parameters(view, 0, 0, np.arange(N), np.full(N, side), np.full(N, side))
+    assert_uniform(p.height * p.width / side**2, 0.2 - 1e-6, 0.5 + 1e-6)
+    assert_uniform(np.log(p.width / p.height), np.log(3 / 4) - 1e-6, np.log(4 / 3) + 1e-6)
+    assert_uniform(p.top / (side - p.height), 0, 1)
+    assert_uniform(p.left / (side - p.width), 0, 1)
 
 
 def test_the_weak_view_is_crop_and_flip_alone_and_small_images_are_not_blurred() -> None:
