@@ -15,8 +15,8 @@ from reco_fast.config import (
 QUICKSTART = Config(
     data=DataConfig(generated=True, image_size=32),
     model=ModelConfig(arch="timm/test_resnet", stem="standard", bank_size=1024, teacher_momentum=0.99),
-    loss=LossConfig(ramp=0.5),
-    optim=OptimConfig(lr=0.12, warmup_epochs=1),
+    loss=LossConfig(temperature=0.1, ramp=0.5),
+    optim=OptimConfig(lr=0.06, warmup_epochs=1),
     train=TrainConfig(epochs=30, batch_size=128),
 )
 

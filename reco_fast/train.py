@@ -66,6 +66,8 @@ def train(preset: str, config: Config) -> int:
             return 0
         writes = distributed.rank() == 0
         progress = Progress() if resume_from is None else Progress(**checkpoint.load(resume_from, state))
+        if writes:
+            check_same_images(progress, source, config.data.path)
         order = TrainingOrder(
             len(source),
             config.train.batch_size,
@@ -126,6 +128,7 @@ class Run:
 class Progress:
     """What a run has measured so far; kept in its checkpoints."""
 
+    fingerprint: str | None = None
     knn_top1_initial: float | None = None
     knn_top1: float | None = None
     images: int = 0
@@ -240,6 +243,14 @@ def averages(sums: Tensor, progress: Progress) -> dict[str, float]:
     sums.zero_()
     progress.summed_steps = 0
     return values
+
+
+def check_same_images(progress: Progress, source: ImageSource, path: Path | None) -> None:
+    """Places in the training stream mean something only for the same files in the same order."""
+    fingerprint = source.fingerprint()
+    if progress.fingerprint not in (None, fingerprint):
+        raise ConfigError(f"--data.path: expected the images that this run began with, {path} holds others now")
+    progress.fingerprint = fingerprint
 
 
 def check_ranks(config: Config) -> None:

@@ -110,6 +110,14 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch_bit_for_bit(images: Path, tmp_p
     assert [line["kind"] for line in resumed].count("end") == 1
 
 
+def test_a_run_does_not_go_on_with_other_images(images: Path, tmp_path: Path) -> None:
+    shutil.copytree(images, tmp_path / "images")
+    run(tmp_path / "images", tmp_path / "run", "--train.max-steps", 1)
+    (tmp_path / "images" / "train" / "dark" / "3.jpg").unlink()
+    with pytest.raises(ConfigError, match="expected the images that this run began with"):
+        run(tmp_path / "images", tmp_path / "run", "--train.max-steps", 2)
+
+
 def test_a_finished_run_is_left_alone(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(images, tmp_path / "run", "--train.max-steps", 1)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
