@@ -1,0 +1,214 @@
+"""A profiled run leaves a trace with every named range, and TensorBoard shows it."""
+
+import itertools
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlencode
+
+import pytest
+import torch
+
+from reco_fast import train
+from reco_fast.config import Config, ModelConfig, TrainConfig
+from reco_fast.profiling.flops import matmul_rate, step_flops
+from reco_fast.profiling.trace import REGIONS, trace
+from reco_fast.state import build_state
+
+T = TypeVar("T")
+ACTIVE = 3
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def profiled(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a short profiled run."""
+    run = tmp_path_factory.mktemp("profiled") / "run"
+    arguments = (
+        "cifar10 --model.arch timm/test_resnet --model.bank-size 32 --train.batch-size 16 --train.device cpu "
+        f"--train.epochs 2 --run.log-every 2 --profile.enabled --profile.wait 1 --profile.warmup 1 "
+        f"--profile.active {ACTIVE}"
+    )
+    assert train.train(*train.parse([*arguments.split(), "--data.path", str(photographs), "--run.dir", str(run)])) == 0
+    return run
+
+
+def test_the_trace_has_every_named_range_of_every_recorded_step(profiled: Path) -> None:
+    (path,) = (profiled / "tensorboard").glob("*.pt.trace.json")
+    events = [event for event in json.loads(path.read_text())["traceEvents"] if event.get("cat") == "user_annotation"]
+    counted = Counter(event["name"] for event in events)
+    assert {name: counted[name] for name in REGIONS} == dict.fromkeys(REGIONS, ACTIVE)
+    steps = [event for event in events if event["name"].startswith("ProfilerStep#")]
+    assert len(steps) == ACTIVE
+    for step in steps:
+        within = [event for event in events if event["name"] in REGIONS and 0 <= event["ts"] - step["ts"] < step["dur"]]
+        assert [event["name"] for event in sorted(within, key=lambda event: event["ts"])] == list(REGIONS)
+        for event, following in itertools.pairwise(within):  # side by side, none inside another
+            assert event["ts"] + event["dur"] <= following["ts"] or following["ts"] + following["dur"] <= event["ts"]
+
+
+def test_the_trace_has_allocations_and_shapes(profiled: Path) -> None:
+    (path,) = (profiled / "tensorboard").glob("*.pt.trace.json")
+    content = json.loads(path.read_text())
+    assert content["profile_memory"] == content["record_shapes"] == 1
+    assert any(event.get("name") == "[memory]" for event in content["traceEvents"])
+
+
+def test_the_log_has_step_times_and_utilisation(profiled: Path) -> None:
+    lines = [json.loads(line) for line in (profiled / "metrics.jsonl").read_text().splitlines()]
+    logged = [line for line in lines if line["kind"] == "train"]
+    for line in logged:
+        assert 0 < line["step_ms_p50"] <= line["step_ms_p95"]
+        assert 0 < line["model_flops_utilisation"] < 1
+    # Two steps of 16 images take about twice their median.
+    assert any(16e3 / line["images_per_second"] < 2 * line["step_ms_p95"] for line in logged)
+
+
+def test_nothing_is_recorded_when_it_is_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise AssertionError("a profiler was made")
+
+    monkeypatch.setattr("reco_fast.profiling.trace.profile", fail)
+    with trace(None, wait=0, warmup=0, active=1) as hook:
+        for _ in range(3):
+            hook.step()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("objective", "passes"), [("reco", 2), ("moco", 1)])
+def test_counted_operations_of_a_known_network(objective: str, passes: int) -> None:
+    config = train.parse(["cifar10", "--loss.objective", objective, "--data.path", "x"])[1]
+    config = Config(
+        model=ModelConfig(arch="resnet18", bank_size=1024), loss=config.loss, train=TrainConfig(batch_size=8)
+    )
+    state = build_state(config, CPU)
+    before = {name: value.clone() for name, value in state.student.state_dict().items()}
+    forward = 2 * 556.9e6  # multiply-adds of the CIFAR ResNet-18 (3×3 stem) at 32 px: 555.4 M, projector 0.33 M
+    bank = (4 if objective == "reco" else 1) * 4 * 1024 * 128
+    assert step_flops(state, config) / 8 == pytest.approx(passes * 4 * forward + bank, rel=0.01)
+    assert all(torch.equal(value, before[name]) for name, value in state.student.state_dict().items())
+
+
+def test_the_matrix_rate_is_that_of_matrix_products() -> None:
+    start = time.perf_counter()
+    torch.mm(*torch.randn(2, 1024, 1024))
+    slow = 2 * 1024**3 / (time.perf_counter() - start)
+    assert matmul_rate(CPU, torch.float32) > 0.3 * slow
+
+
+# What stands in for Google's chart library, which the page loads from the internet: a chart becomes a list of its rows.
+CHARTS = """
+const rows = data => data.rows.map(row => row.slice(0, 2).join(' '));
+class Table {
+  constructor(values = []) { this.rows = values; }
+  addColumn() {}
+  setProperty() {}
+  addRow(row) { this.rows.push(row); }
+  addRows(more) { this.rows.push(...more); }
+}
+class Chart {
+  constructor(element) { this.element = element; }
+  draw(data) { this.element.innerText = rows(data).join('\\n'); }
+  clearChart() {}
+}
+const library = {DataTable: Table, arrayToDataTable: values => new Table(values), events: {addListener() {}}};
+window.google = {charts: {load: () => Promise.resolve()}, visualization: new Proxy(library, {
+  get: (known, name) => known[name] ?? Chart})};
+"""
+
+
+@pytest.fixture
+def tensorboard(profiled: Path) -> Iterator[str]:
+    """The address of a TensorBoard on the run's folder."""
+    pytest.importorskip("torch_tb_profiler", reason="torch-tb-profiler is not installed (the extra `profile`)")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(profiled), "--port", str(port)]
+    server = subprocess.Popen([*command, "--host", "127.0.0.1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(lambda: fetch(address, "runs")["runs"], "TensorBoard to load the run")
+        yield address
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Any]:
+    """Headless Chromium that reaches this machine alone."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (the extra `test`)")
+    programs = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    if None in programs:
+        pytest.skip("chromium and chromedriver are not installed (Debian: chromium, chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = programs[0]
+    for flag in (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync --window-size=1400,900"
+    ).split():
+        options.add_argument(flag)
+    options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1")
+    options.add_argument(f"--user-data-dir={tmp_path / 'chromium'}")
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(programs[1]))
+    driver.set_script_timeout(60)
+    driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": CHARTS})
+    yield driver
+    driver.quit()
+
+
+def test_tensorboard_shows_the_run_the_overview_and_the_ranges(tensorboard: str, browser: Any, tmp_path: Path) -> None:
+    pictures = Path(os.environ.get("RECO_FAST_SCREENSHOTS", tmp_path))
+    browser.get(f"{tensorboard}/#pytorch_profiler")
+    frame = wait_for(lambda: browser.find_elements("css selector", "iframe"), "the profiler's tab")[0]
+    browser.switch_to.frame(frame)
+
+    def text() -> str:
+        return str(browser.find_element("css selector", "body").text)
+
+    wait_for(lambda: "CPU Exec" in text(), "the overview")
+    for shown in ("Overview", "Configuration", "Step Time Breakdown", "CPU Exec", socket.gethostname()):
+        assert shown in text(), shown
+    browser.save_screenshot(str(pictures / "tensorboard-overview.png"))
+
+    # What the Trace view draws, fetched as its page does. To draw it the page loads a polyfill from the internet.
+    (run,) = fetch(tensorboard, "runs")["runs"]
+    (worker,) = fetch(tensorboard, "workers", run=run, view="Trace")
+    (span,) = fetch(tensorboard, "spans", run=run, worker=worker)
+    drawn = browser.execute_async_script(
+        "const [query, done] = arguments;"
+        "fetch('/data/plugin/pytorch_profiler/trace?' + query).then(r => r.json()).then("
+        "t => done(t.traceEvents.filter(e => e.cat == 'user_annotation').map(e => e.name)))",
+        urlencode({"run": run, "worker": worker, "span": span}),
+    )
+    assert set(REGIONS) <= set(drawn)
+
+
+def fetch(address: str, what: str, **query: str) -> Any:
+    with urllib.request.urlopen(
+        f"{address}/data/plugin/pytorch_profiler/{what}?{urlencode(query)}", timeout=10
+    ) as reply:
+        return json.load(reply)
+
+
+def wait_for(condition: Callable[[], T], what: str, seconds: float = 60) -> T:
+    """The first true value of `condition`."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            if value := condition():
+                return value
+        except OSError:  # nobody listens yet
+            pass
+        time.sleep(0.2)
+    raise AssertionError(f"waited {seconds} s for {what}")
