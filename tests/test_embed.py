@@ -1,6 +1,7 @@
 """Features of any folder: right, with their paths, whole, and resumed where they stopped."""
 
 import csv
+import re
 import signal
 import subprocess
 import sys
@@ -331,3 +332,19 @@ def test_killed_and_started_again(run: Path, images: Path, tmp_path: Path, capsy
     assert "40 of 40 images" in shown
     assert "40 × 96 features" in shown
     np.testing.assert_allclose(arrays["features"], by_extract_features(run, images), rtol=1e-4, atol=1e-4)
+
+
+def test_the_neighbours_code_of_the_docs(
+    run: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("faiss", reason="faiss is not installed; pip install 'reco-fast[examples]'")
+    text = (Path(__file__).parents[1] / "docs" / "use.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(import faiss.*?)```", text, re.DOTALL)
+    assert sum(1 for line in code.splitlines() if line) == 10
+    embedded(run, images, tmp_path / "features.npz")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    exec(code, {})
+    printed = capsys.readouterr().out.splitlines()
+    for path, line in zip(open_source(images).names[:3], printed, strict=True):
+        assert line.startswith(f"{path} → ['{path} 1.00'")  # each is its own nearest

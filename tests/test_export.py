@@ -284,3 +284,12 @@ def test_the_command_line(
     assert str(output) in shown.out
     assert shown.err == ""
     assert output.exists()
+
+
+def test_the_docs_rebuild_the_small_stem_as_the_card_does(small_stem: Path, tmp_path: Path) -> None:
+    path = exported(small_stem, tmp_path / "backbone.pth", "torchvision")
+    text = (Path(__file__).parents[1] / "docs" / "use.md").read_text(encoding="utf-8")
+    lines = [line.strip() for line in text.splitlines() if line.startswith("  model")]
+    assert len(lines) == 4
+    code = card_code(path.with_name(f"{path.name}.md"))
+    assert "\n".join(lines) in code
