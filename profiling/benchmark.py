@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -74,6 +74,8 @@ class Turn(NamedTuple):
     """What one turn took."""
 
     seconds_per_step: float
+    cpu_seconds_per_step: float
+    """Of all threads of the process: beside the former it says whether the machine had other work."""
     peak_bytes: int
     """More memory than between steps, on CUDA; elsewhere 0."""
 
@@ -138,17 +140,17 @@ def take_turn(step: Callable[[], object], steps: int, device: torch.device) -> T
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     for _ in range(steps):
         step()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    seconds = (time.perf_counter() - start) / steps
-    return Turn(seconds, torch.cuda.max_memory_allocated() - before if device.type == "cuda" else 0)
+    seconds, cpu_seconds = (time.perf_counter() - start) / steps, (time.process_time() - cpu_start) / steps
+    return Turn(seconds, cpu_seconds, torch.cuda.max_memory_allocated() - before if device.type == "cuda" else 0)
 
 
-def compare_steps(benchmark: Benchmark, names: list[str], device: torch.device) -> dict[str, Any]:
-    """`rounds`: seconds a step; `results`: for each contestant images/s and how many times as fast ours is."""
+def compare_steps(benchmark: Benchmark, names: Sequence[str], device: torch.device) -> dict[str, Any]:
+    """`rounds`: every turn; `results`: for each contestant images/s and how many times as fast ours is."""
     config = benchmark.config
     contestants = {"ours": ours(config, device)} | {name: STEPS[name](config, device) for name in names}
     for step in contestants.values():
@@ -157,20 +159,24 @@ def compare_steps(benchmark: Benchmark, names: list[str], device: torch.device) 
     for number in range(benchmark.rounds):
         order = list(contestants) if number % 2 == 0 else list(contestants)[::-1]
         turns.append({name: take_turn(contestants[name], benchmark.steps, device) for name in order})
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
     for name in contestants:
         seconds = statistics.median(turn[name].seconds_per_step for turn in turns)
         ratios = [turn[name].seconds_per_step / turn["ours"].seconds_per_step for turn in turns]
+        cpu_ratios = [turn[name].cpu_seconds_per_step / turn["ours"].cpu_seconds_per_step for turn in turns]
         results[name] = {
             "step_ms": 1e3 * seconds,
             "images_per_second": config.train.batch_size / seconds,
             "ours_times_as_fast": statistics.median(ratios),
             "ours_times_as_fast_range": [min(ratios), max(ratios)],
+            "cpu_ms": 1e3 * statistics.median(turn[name].cpu_seconds_per_step for turn in turns),
+            "cpu_time_ratio": statistics.median(cpu_ratios),
+            "cpu_time_ratio_range": [min(cpu_ratios), max(cpu_ratios)],
             "step_memory_mib": max(turn[name].peak_bytes for turn in turns) / 2**20 if device.type == "cuda" else None,
         }
     if "supervised" in results:
         results["supervised"]["ours_share_of_bound"] = results["supervised"]["ours_times_as_fast"] / BOUND
-    rounds = [{name: turn.seconds_per_step for name, turn in round_.items()} for round_ in turns]
+    rounds = [{name: turn._asdict() for name, turn in round_.items()} for round_ in turns]
     return {"results": results, "rounds": rounds}
 
 
@@ -197,11 +203,15 @@ def markdown(report: dict[str, Any]) -> str:
         f"torch {report['environment']['packages']['torch']}, commit {commit[:7]}",
     ]
     if "steps" in report:
-        lines += ["", "| step | ms | images/s | ours is × as fast (min–max of rounds) |", "|---|---|---|---|"]
+        header = "| step | ms | images/s | ours is × as fast (rounds) | CPU ms | × ours (rounds) |"
+        lines += ["", header, "|---|" + 5 * "---|"]
         for name, row in report["steps"]["results"].items():
-            low, high = row["ours_times_as_fast_range"]
-            ratio = "" if name == "ours" else f"{row['ours_times_as_fast']:.2f} ({low:.2f}–{high:.2f})"
-            lines.append(f"| {name} | {row['step_ms']:.1f} | {row['images_per_second']:,.0f} | {ratio} |")
+            wall, cpu = (
+                f"{row[ratio]:.2f} ({row[f'{ratio}_range'][0]:.2f}–{row[f'{ratio}_range'][1]:.2f})"
+                for ratio in ("ours_times_as_fast", "cpu_time_ratio")
+            )
+            rate = f"{row['images_per_second']:,.1f}"
+            lines.append(f"| {name} | {row['step_ms']:.1f} | {rate} | {wall} | {row['cpu_ms']:.1f} | {cpu} |")
         bound = report["steps"]["results"].get("supervised")
         if bound is not None:
             share = 100 * bound["ours_share_of_bound"]
