@@ -82,11 +82,8 @@ def preprocessing_code(config: Config, code: list[str]) -> list[str]:
 
 def fenced(language: str, lines: list[str]) -> list[str]:
     """A code block. No line of ours holds a backtick but inside a string, where its escape means the same."""
-    return [
-        f"```{language}",
-        *(line.replace("`", "\\x60" if language == "python" else "\\u0060") for line in lines),
-        "```",
-    ]
+    escape = "\\x60" if language == "python" else "\\u0060"
+    return [f"```{language}", *(line.replace("`", escape) for line in lines), "```"]
 
 
 def as_json(values: Any) -> list[str]:

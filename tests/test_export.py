@@ -201,6 +201,7 @@ def test_what_a_card_quotes_cannot_leave_its_code_block(timm_run: Path, tmp_path
     assert "script" not in outside
     assert "heading" not in outside
     assert "link" not in outside
+    assert card.count("```") == 2 * 5
     blocks = re.findall(r"^```json\n(.*?)^```$", card, flags=re.DOTALL | re.MULTILINE)
     data, metrics, config, environment = map(json.loads, blocks)
     assert data["trained on"] == values["data"]["path"]
