@@ -4,8 +4,8 @@
         [--model.arch ...] [--train.batch-size ...] [--model.bank-size ...] [--data.path IMAGES] ...
 
 naive: a plain reference step (`naive.py`). supervised: labels, cross-entropy and the same backbone with the same
-settings; of its images/s a step of 8 encoder passes an image can reach at most 3/8. torchvision: the loaders, by
-`loader_benchmark.py`, on the images of --data.path.
+settings; by counted operations, 3 encoder passes an image against 8, a step should reach 3/8 of its images/s.
+torchvision: the loaders, by `loader_benchmark.py`, on the images of --data.path.
 
 The contestants take turns in one process; a ratio is the median over the rounds of the ratios within a round. Writes
 `step.json`, `step.md` and `step.png` to --output.
