@@ -48,9 +48,7 @@ def test_an_image_depends_on_class_index_and_seed_alone() -> None:
     assert not np.array_equal(draw(4, range(20), seed=5), whole)
 
 
-def test_it_is_written_once_and_two_may_begin_at_the_same_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_is_written_once_and_two_may_begin_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generated, "TRAIN_PER_CLASS", 2)
     monkeypatch.setattr(generated, "VAL_PER_CLASS", 1)
     found: list[tuple[Path, Path]] = []
