@@ -59,7 +59,8 @@ def reco_loss_torch(
 ) -> ReCoLossOutput:
     """The definition. Arguments as in `reco_fast.reco_loss`; holds four [N, K] matrices and their gradients."""
     q, k = unit(query), unit(key).detach()
-    bank, bank_weak = bank.detach().float(), bank_weak.detach().float()
+    # Copies, since backward reads them and the caller may overwrite the banks before it.
+    bank, bank_weak = (b.detach().to(torch.float32, copy=True) for b in (bank, bank_weak))
     positive_is_first = torch.zeros(len(q), dtype=torch.long, device=q.device)
     global_relation, local_relation, teacher_entropy = q.new_zeros(3).unbind()
 

@@ -58,9 +58,9 @@ def all_gather_uneven(rows: Tensor) -> Tensor:
 
 def gather_lines(lines: list[str], device: torch.device) -> list[str]:
     """The lines of all ranks, sorted, each once."""
-    text = "\n".join(lines) + "\n" if lines else ""
-    joined = all_gather_uneven(torch.tensor(list(text.encode()), dtype=torch.uint8, device=device))
-    return sorted(set(bytes(joined.tolist()).decode().splitlines()))
+    text = "".join(f"{line}\n" for line in lines).encode(errors="surrogateescape")  # file names need not be UTF-8
+    joined = all_gather_uneven(torch.tensor(list(text), dtype=torch.uint8, device=device))
+    return sorted(set(bytes(joined.tolist()).decode(errors="surrogateescape").split("\n")) - {""})
 
 
 def on_any_rank(flags: list[bool], device: torch.device) -> list[bool]:

@@ -6,7 +6,7 @@
 import dataclasses
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
@@ -167,7 +167,7 @@ def linear_probe(features: Features) -> tuple[float, float]:
 class EvaluateCommand:
     run_dir: tyro.conf.Positional[Path]
     """Folder of a run."""
-    data: DataConfig
+    data: DataConfig = field(default_factory=DataConfig)
     """Images to evaluate with; unless said, those of the run."""
     which: Literal["student", "teacher"] = "student"
     """Whose backbone."""

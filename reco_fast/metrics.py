@@ -143,7 +143,7 @@ class RunLog:
         if self._directory is None or not lines:
             return
         path = self._directory / "bad_images.txt"
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="surrogateescape")
         self.say(f"{len(lines)} images could not be decoded and were replaced: {path}")
 
     def views(self, grid: Tensor) -> None:

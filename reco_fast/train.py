@@ -204,7 +204,7 @@ def loop(
                 sums = torch.tensor(progress.sums, device=state.device)
                 if distributed.rank() == 0:
                     writer.save(state, dataclasses.asdict(progress))
-                bad = [f"{name}\t{reason}" for name, reason in loader.bad_images.items()]
+                bad = [f"{name}\t{reason}".replace("\n", "\\n") for name, reason in loader.bad_images.items()]
                 log.bad_images(distributed.gather_lines(bad, state.device))
                 saved_at = time.monotonic()
             profiler.step()

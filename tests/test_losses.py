@@ -118,3 +118,18 @@ def test_triton_says_what_it_needs(problem: Problem, monkeypatch: pytest.MonkeyP
     wide = make_problem("random", N, K, 300)
     with pytest.raises(ValueError, match=r'^impl: "triton" expected D of at most 256, got 300$'):
         call(wide, impl="triton")
+
+
+@pytest.mark.parametrize("impl", ["torch", "sdpa"])
+def test_the_banks_may_be_overwritten_before_backward(problem: Problem, impl: str) -> None:
+    gradients = []
+    for overwrite in (False, True):
+        query = problem.query.clone().requires_grad_()
+        bank, bank_weak = problem.bank.clone(), problem.bank_weak.clone()
+        out = call(problem, query=query, bank=bank, bank_weak=bank_weak, impl=impl)
+        if overwrite:
+            bank.zero_()
+            bank_weak.fill_(float("nan"))
+        out.total.backward()
+        gradients.append(query.grad)
+    assert torch.equal(gradients[0], gradients[1])

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from reco_fast import cli, train
+from reco_fast import cli, evaluate, train
 from reco_fast.config import ConfigError
 
 SMALL = (
@@ -79,18 +79,44 @@ def test_a_run_leaves_what_the_contract_says(
     assert "Warning" not in shown.err
 
 
+def test_evaluate_reads_a_run_and_writes_beside_it(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(images, tmp_path / "run", "--train.max-steps", 1)
+    arguments = ["evaluate", tmp_path / "run", "--data.path", images / "train", "--data.val-path", images / "val"]
+    monkeypatch.setattr(sys, "argv", [str(part) for part in arguments])
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main()
+    assert stop.value.code == 0
+    result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert result["knn_top1"] == result["linear_top1"] == 100  # dark against light
+    assert "kNN top-1 100.00 %" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main()
+    assert stop.value.code == 2
+    assert "config.json" in capsys.readouterr().err
+
+
 def test_images_without_labels_train(images: Path, tmp_path: Path) -> None:
     flat = tmp_path / "flat" / "deeper"
     flat.mkdir(parents=True)
     for index, path in enumerate(sorted((images / "train").rglob("*.jpg"))):
         shutil.copy(path, flat / f"{index} ä.jpg")
     (flat / "bad.jpg").write_text("not an image")
+    (Path(os.fsdecode(os.fsencode(flat) + b"/not utf-8 \xff.jpg"))).write_text("nor this")
+    (flat / "two\nlines.jpg").touch()
     data = ["--data.path", tmp_path / "flat", "--run.dir", tmp_path / "run", "--loss.objective", "moco"]
     assert train.train(*command("cifar10", *data, *SMALL, "--train.epochs", 2)) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["knn_top1"] is None
     assert lines[-2]["kind"] == "eval"
-    assert (tmp_path / "run" / "bad_images.txt").read_text().startswith("deeper/bad.jpg\t")
+    listed = (tmp_path / "run" / "bad_images.txt").read_bytes().splitlines()
+    assert [line.split(b"\t")[0] for line in listed] == [
+        b"deeper/bad.jpg",
+        b"deeper/not utf-8 \xff.jpg",
+        b"deeper/two\\nlines.jpg",
+    ]
 
 
 @pytest.mark.parametrize("loader", ["dali", "torch"])
