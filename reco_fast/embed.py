@@ -24,8 +24,9 @@ from torch import nn
 
 from reco_fast import cli
 from reco_fast.config import ConfigError, DataConfig
+from reco_fast.data import loader_workers
 from reco_fast.embed_files import Part, Parts, name_bad_images, write_npz, write_parquet, write_projector
-from reco_fast.evaluate import load_run, loader_workers
+from reco_fast.evaluate import load_run
 from reco_fast.export import check_output, whole_file
 from reco_fast.pipelines.augmentations import evaluation_recipe
 from reco_fast.pipelines.loader import open_loader

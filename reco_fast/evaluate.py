@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from reco_fast import checkpoint, cli, distributed, run_folder
 from reco_fast.config import Config, ConfigError, DataConfig
+from reco_fast.data import LabelledData, loader_workers, open_labelled
 from reco_fast.model import build_encoder
 from reco_fast.pipelines.augmentations import evaluation_recipe
 from reco_fast.pipelines.loader import open_loader
@@ -29,33 +29,6 @@ from reco_fast.pipelines.sources import ImageSource, open_source
 from reco_fast.state import pick_device, pick_precision
 
 PROBE_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C of scikit-learn's logistic regression
-
-
-class LabelledData(NamedTuple):
-    """Training images as the neighbours, held-out ones as the queries, and a class number for each."""
-
-    train: ImageSource
-    val: ImageSource
-    train_labels: Tensor
-    val_labels: Tensor
-    classes: list[str]
-
-
-def open_labelled(train: ImageSource, val_path: Path) -> LabelledData:
-    """Both sources with the classes matched by name. Raises ConfigError where there are none or they differ."""
-    val = open_source(val_path)
-    for flag, source in (("--data.path", train), ("--data.val-path", val)):
-        if source.labels is None:
-            raise ConfigError(f"{flag}: expected one folder a class to evaluate with, got images without classes")
-    assert train.labels is not None
-    assert val.labels is not None
-    unknown = sorted(set(val.classes) - set(train.classes))
-    if unknown:
-        raise ConfigError(f"--data.val-path: expected the classes of --data.path, got another: {unknown[0]}")
-    renumbered = np.array([train.classes.index(name) for name in val.classes])
-    return LabelledData(
-        train, val, torch.from_numpy(train.labels), torch.from_numpy(renumbered[val.labels]), train.classes
-    )
 
 
 @torch.no_grad()
@@ -93,13 +66,6 @@ def extract_features(
     model.train(training)
     gathered = distributed.all_gather_uneven(torch.cat(indices).to(device))
     return distributed.all_gather_uneven(torch.cat(features)), gathered.cpu()
-
-
-def loader_workers(data: DataConfig) -> int:
-    """As configured, or this rank's share of the cores."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return data.workers or max(1, cores // ranks)
 
 
 def knn_scores(

@@ -17,7 +17,7 @@ QUICKSTART = Config(
     model=ModelConfig(arch="timm/test_resnet", stem="standard", bank_size=1024, teacher_momentum=0.99),
     loss=LossConfig(temperature=0.1, ramp=0.5),
     optim=OptimConfig(lr=0.06, warmup_epochs=1),
-    train=TrainConfig(epochs=20, batch_size=128),
+    train=TrainConfig(epochs=30, batch_size=128),
     eval=EvalConfig(every=5),
 )
 

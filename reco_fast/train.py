@@ -19,13 +19,13 @@ from torchvision.utils import make_grid
 
 from reco_fast import checkpoint, cli, distributed, run_folder
 from reco_fast.config import Config, ConfigError
-from reco_fast.evaluate import LabelledData, knn_top1, labelled_features, loader_workers, open_labelled
+from reco_fast.data import LabelledData, loader_workers, open_data, recipe
+from reco_fast.evaluate import knn_top1, labelled_features
 from reco_fast.metrics import Meter, RunLog
-from reco_fast.pipelines import generated
-from reco_fast.pipelines.augmentations import Recipe, reco_recipe
+from reco_fast.pipelines.augmentations import Recipe
 from reco_fast.pipelines.loader import Batch, Loader, open_loader
 from reco_fast.pipelines.order import TrainingOrder
-from reco_fast.pipelines.sources import ImageSource, open_source
+from reco_fast.pipelines.sources import ImageSource
 from reco_fast.presets import PRESETS
 from reco_fast.profiling.flops import utilisation_per_image
 from reco_fast.profiling.trace import region, trace
@@ -269,35 +269,6 @@ def check_ranks(config: Config) -> None:
             f"--model.norm-groups: expected at most half of the {rows} images that a rank normalises together, "
             f"got {config.model.norm_groups}"
         )
-
-
-def open_data(config: Config) -> tuple[Config, ImageSource, LabelledData | None]:
-    """The images, labelled ones if there are any, and the configuration with the paths filled in.
-
-    The quickstart preset without a path makes its own images.
-    """
-    data = config.data
-    if data.path is None:
-        if not config.data.generated:
-            raise ConfigError("--data.path: expected a folder of images or .tar shards, got nothing")
-        path, val_path = distributed.first_rank_first(generated.generate)
-        data = dataclasses.replace(data, path=path, val_path=val_path)
-        config = dataclasses.replace(config, data=data)
-    assert data.path is not None
-    source = open_source(data.path)
-    if len(source) < config.train.batch_size:
-        raise ConfigError(
-            f"--train.batch-size: expected at most the {len(source)} images of {data.path}, "
-            f"got {config.train.batch_size}"
-        )
-    labelled = open_labelled(source, data.val_path) if data.val_path is not None else None
-    return config, source, labelled
-
-
-def recipe(config: Config) -> Recipe:
-    """The views that the objective looks at: no weak one without the global relation."""
-    full = reco_recipe(config.data.image_size)
-    return full if config.loss.uses_global else dataclasses.replace(full, views=full.views[:2])
 
 
 def evaluate(run: Run, state: TrainState, log: RunLog) -> float | None:

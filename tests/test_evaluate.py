@@ -9,7 +9,8 @@ from PIL import Image
 from torch import nn
 
 from reco_fast.config import ConfigError, DataConfig
-from reco_fast.evaluate import Features, extract_features, knn_scores, knn_top1, linear_probe, open_labelled
+from reco_fast.data import open_labelled
+from reco_fast.evaluate import Features, extract_features, knn_scores, knn_top1, linear_probe
 from reco_fast.pipelines.sources import open_source
 
 
