@@ -28,7 +28,7 @@ from reco_fast.pipelines.order import EvaluationOrder
 from reco_fast.pipelines.sources import ImageSource, open_source
 from reco_fast.state import pick_device, pick_precision
 
-PROBE_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C of scikit-learn's logistic regression
+PROBE_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # C of scikit-learn's logistic regression
 
 
 @torch.no_grad()

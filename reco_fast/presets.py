@@ -52,7 +52,10 @@ PRESETS: dict[str, tuple[Config, str]] = {
         QUICKSTART,
         """A small ResNet on 5,040 generated JPEGs of 12 motifs. Needs no data and no GPU.
 
-        python -m reco_fast.train""",
+        python -m reco_fast.train
+
+        On two cores of an Intel Xeon with AMX, torch 2.15: 2.5 minutes of training; kNN top-1 from 23.5, 20.4 and
+        23.5 % to 74.8, 65.2 and 74.1 % (seeds 0, 1, 2); raw pixels have 20.3 %.""",
     ),
     "cifar10": (
         CIFAR10,
