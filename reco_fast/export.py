@@ -7,6 +7,7 @@ A Markdown card with the code that loads it appears beside it, as FILE.md.
 
 import contextlib
 import importlib.util
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -68,12 +69,14 @@ class Blueprint(NamedTuple):
     def code(self, **extra: str) -> list[str]:
         """The same as Python source; `extra` are more arguments of the constructor, as source."""
         if self.library == "torchvision":
-            lines = [f"model = torchvision.models.get_model({self.name!r}, weights=None)"]
+            lines = [f"model = torchvision.models.get_model({json.dumps(self.name)}, weights=None)"]
         else:
             options = {"num_classes": "0", **{k: repr(v) for k, v in self.options.items()}, **extra}
             arguments = ", ".join(f"{key}={value}" for key, value in options.items())
-            lines = [f"model = timm.create_model({self.name!r}, {arguments})"]
-        return lines + [f"model.set_submodule({place!r}, torch.nn.{module!r})" for place, module in self.edits.items()]
+            lines = [f"model = timm.create_model({json.dumps(self.name)}, {arguments})"]
+        return lines + [
+            f"model.set_submodule({json.dumps(place)}, torch.nn.{module!r})" for place, module in self.edits.items()
+        ]
 
 
 def _library_model(library: str, name: str, options: dict[str, Any]) -> nn.Module:

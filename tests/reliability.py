@@ -67,8 +67,8 @@ def kill(work: Path, arguments: argparse.Namespace) -> None:
         started += 1
         process = start(command(images, work / "killed", *options), work / "killed.log")
         try:
-            # Until 20 kills, at any moment from the imports to some way into the training.
-            process.wait(timeout=rng.uniform(2, 16) if kills < 20 else None)
+            # At any moment from the imports to some way into the training.
+            process.wait(timeout=rng.uniform(2, 16) if kills < arguments.kills else None)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -154,6 +154,7 @@ def main() -> None:
     parser.add_argument("check", choices=["kill", "rank", "fuzz", "soak"])
     parser.add_argument("--loader", choices=["dali", "torch"], default="torch")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--minutes", type=float, default=30)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
