@@ -25,7 +25,6 @@ def check(implementation, problem: Problem, loss: float = 1e-6, grad: float = 1e
 
 def test_the_float64_gradient_is_the_slope_of_the_float64_loss() -> None:
     # The anchor is the key: the mix target is a constant of the loss, and would move with the query.
-    # The anchor is the key: the mix target is a constant of the loss, and would move with the query.
     problem = make_problem("random", 3, 11, 8, row_dtype=torch.float64, mix_anchor="key")
     expected = solve(problem)
     for name, grad in (("query", expected.grad_query), ("query_mix", expected.grad_query_mix)):
@@ -41,7 +40,7 @@ def test_the_float64_gradient_is_the_slope_of_the_float64_loss() -> None:
 @pytest.mark.parametrize("rows", [1, 7, 64])
 @pytest.mark.parametrize("length", [1, 33, 4096])
 def test_sizes(implementation, rows: int, length: int) -> None:  # type: ignore[no-untyped-def]
-    check(implementation, make_problem("random", rows, length))
+    check(implementation, make_problem("random", rows, length), grad=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
