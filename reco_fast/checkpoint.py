@@ -120,6 +120,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             header = json.loads((file.metadata() or {}).get("reco_fast", "null"))
             if not isinstance(header, dict) or header.get("format") != FORMAT:
                 raise ConfigError(f"{path}: expected a reco_fast checkpoint of format {FORMAT}, got another file")
+            if any(not isinstance(header.get(k), t) for k, t in (("step", int), ("scaler", dict), ("progress", dict))):
+                raise ConfigError(f"{path}: expected step, scaler and progress in its header, got a damaged one")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise ConfigError(f"{path}: expected a readable checkpoint, got {str(error).splitlines()[0]}") from None

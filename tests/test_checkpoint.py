@@ -68,7 +68,7 @@ def test_the_two_newest_are_kept_and_no_temporary_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", ["truncated", "flipped byte", "not a checkpoint", "pickle", "other format", "missing"]
+    "damage", ["truncated", "flipped byte", "not a checkpoint", "pickle", "other format", "no step", "missing"]
 )
 def test_damaged_or_foreign_files_are_refused_and_change_nothing(tmp_path: Path, damage: str) -> None:
     path = save(trained(1), tmp_path, {})
@@ -85,6 +85,8 @@ def test_damaged_or_foreign_files_are_refused_and_change_nothing(tmp_path: Path,
         path.write_bytes(b"cos\nsystem\n(S'touch " + bytes(trap) + b"'\ntR.")
     elif damage == "other format":
         save_file({"x": torch.zeros(1)}, path, metadata={"reco_fast": json.dumps({"format": 99})})
+    elif damage == "no step":
+        save_file({"x": torch.zeros(1)}, path, metadata={"reco_fast": json.dumps({"format": 1, "progress": {}})})
     else:
         path.unlink()
     state = trained(0)
