@@ -8,8 +8,9 @@ from setuptools import setup
 EXPORT = ["onnx>=1.18", "onnxscript>=0.5"]  # for --format onnx
 PARQUET = ["pyarrow>=16"]
 EXAMPLES = ["lightning>=2.5", "lightly>=1.5.20", "faiss-cpu>=1.9"]
-TEST = ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6", "matplotlib>=3.8", "ruff>=0.12", "mypy>=1.15"]
-TEST += [*EXPORT, "onnxruntime>=1.20", *PARQUET, *EXAMPLES]
+PROFILE = ["torch-tb-profiler>=0.4.3", "matplotlib>=3.8"]
+TEST = ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6", "ruff>=0.12", "mypy>=1.15", "selenium>=4.20"]
+TEST += [*EXPORT, "onnxruntime>=1.20", *PARQUET, *EXAMPLES, *PROFILE]
 
 setup(
     name="reco-fast",
@@ -45,7 +46,7 @@ setup(
         "export": EXPORT,
         "parquet": PARQUET,
         "examples": EXAMPLES,
-        "profile": ["torch-tb-profiler>=0.4.3", "matplotlib>=3.8"],
+        "profile": PROFILE,
         "test": TEST,
     },
     entry_points={"console_scripts": ["reco-fast = reco_fast.train:main"]},
