@@ -69,9 +69,10 @@ class TrainingOrder:
 
 
 class EvaluationOrder:
-    """Every image once, in the order of the source; each rank takes a contiguous part, the last batch is the rest."""
+    """Every image once, in the order of the source, or `count` of them evenly chosen; each rank takes a contiguous
+    part, the last batch is the rest."""
 
-    def __init__(self, length: int, batch_size: int, *, rank: int = 0, world_size: int = 1):
+    def __init__(self, length: int, batch_size: int, *, count: int | None = None, rank: int = 0, world_size: int = 1):
         if length < 1:
             raise ValueError(f"length: expected at least 1, got {length}")
         if batch_size < 1:
@@ -80,11 +81,12 @@ class EvaluationOrder:
             raise ValueError(f"rank: expected within [0, {world_size}), got {rank}")
         self.length = length
         self.batch_size = batch_size
-        self._first = length * rank // world_size
-        self._end = length * (rank + 1) // world_size
+        self._count = min(length, length if count is None else count)
+        self._first = self._count * rank // world_size
+        self._end = self._count * (rank + 1) // world_size
         self.steps: int | None = -(-(self._end - self._first) // batch_size)
 
     def batch(self, step: int) -> tuple[Int64Array, Int64Array]:
         start = self._first + step * self.batch_size
         positions = np.arange(start, min(start + self.batch_size, self._end), dtype=np.int64)
-        return positions, positions
+        return positions, positions * self.length // self._count

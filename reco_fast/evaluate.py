@@ -40,14 +40,18 @@ def extract_features(
     batch_size: int,
     device: torch.device,
     precision: torch.dtype,
+    count: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`model`'s outputs [n, F] float32 for the un-augmented images of `source`, and the images' indices [n].
 
-    Ranks share the work and each gets the whole; the order is that of the loader. The mode of `model` is kept.
+    With `count`, of at most so many images, evenly chosen. Ranks share the work and each gets the whole; the order is
+    that of the loader. The mode of `model` is kept.
     """
     training = model.training
     model.eval()
-    order = EvaluationOrder(len(source), batch_size, rank=distributed.rank(), world_size=distributed.world_size())
+    order = EvaluationOrder(
+        len(source), batch_size, count=count, rank=distributed.rank(), world_size=distributed.world_size()
+    )
     features, indices = [], []
     with open_loader(
         data.loader,
@@ -94,15 +98,25 @@ class Features(NamedTuple):
     val_labels: Tensor
 
 
+def features_of(
+    model: nn.Module, source: ImageSource, config: Config, device: torch.device, count: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """`extract_features` in the batches and the precision of the training."""
+    return extract_features(
+        model,
+        source,
+        config.data,
+        batch_size=max(1, config.train.batch_size // distributed.world_size()),
+        device=device,
+        precision=pick_precision(config.train.precision, device),
+        count=count,
+    )
+
+
 def labelled_features(model: nn.Module, data: LabelledData, config: Config, device: torch.device) -> Features:
     """`model`'s features of all images of `data`, un-augmented, in the precision of the training."""
-    options = {
-        "batch_size": max(1, config.train.batch_size // distributed.world_size()),
-        "device": device,
-        "precision": pick_precision(config.train.precision, device),
-    }
-    train, train_indices = extract_features(model, data.train, config.data, **options)  # type: ignore[arg-type]
-    val, val_indices = extract_features(model, data.val, config.data, **options)  # type: ignore[arg-type]
+    train, train_indices = features_of(model, data.train, config, device)
+    val, val_indices = features_of(model, data.val, config, device)
     return Features(train, data.train_labels[train_indices], val, data.val_labels[val_indices])
 
 

@@ -23,6 +23,10 @@ class MemoryBank(nn.Module):
             self.register_buffer(name, rows.to(dtype))
         self.register_buffer("position", torch.zeros((), dtype=torch.long))
 
+    def newest(self, count: int) -> Tensor:
+        """The last `count` keys that came, at most K, newest first: [count, D]."""
+        return self.keys[(self.position - 1 - torch.arange(count, device=self.keys.device)) % len(self.keys)]
+
     @torch.no_grad()
     def enqueue(self, keys: Tensor, weak_keys: Tensor | None = None) -> None:
         """Overwrite the oldest rows by unit rows [n, D], any n. Of more than K rows the last K stay.

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +13,23 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+
+from reco_fast.diagnostics import Finding, Spread
+
+# Charts of several lines, in TensorBoard's tab Custom Scalars.
+CHARTS = {
+    "losses beside chance": {
+        "total": ["Multiline", ["train/loss$", "train/chance$"]],
+        "instance": ["Multiline", ["train/loss_instance", "train/chance_instance"]],
+        "global relation": ["Multiline", ["train/loss_global", "train/chance_global", "train/teacher_entropy$"]],
+        "local relation": ["Multiline", ["train/loss_local", "train/chance_local"]],
+    },
+    "features": {
+        "similarity": ["Multiline", ["train/positive_similarity", "train/negative_similarity"]],
+        "norm of the mean": ["Multiline", ["train/feature_mean_norm", "train/bank_mean_norm"]],
+        "standard deviation × √D": ["Multiline", ["train/feature_std", "train/bank_std"]],
+    },
+}
 
 
 class Meter:
@@ -72,6 +89,7 @@ class RunLog:
         _drop_lines_after(directory / "metrics.jsonl", first_step)
         self._file = open(directory / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
         self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step or None)
+        self._tensorboard.add_custom_scalars(CHARTS)
         self._progress: Progress | None = None
         if sys.stdout.isatty():
             self._progress = Progress(
@@ -109,30 +127,41 @@ class RunLog:
         if self._directory is not None and self._progress is not None:
             self._progress.update(self._task, completed=step)
 
-    def train(self, values: dict[str, Any]) -> None:
+    def train(self, values: dict[str, Any], findings: Sequence[Finding] = ()) -> None:
         """One line of `kind` train; `values` starts with step and epoch."""
         if self._directory is None:
             return
-        self._write({"kind": "train", **values})
+        self._write({"kind": "train", **values, **self._warn(findings)})
         for name, value in values.items():
             if name not in ("step", "epoch"):
                 self._tensorboard.add_scalar(f"train/{name}", value, values["step"])
         status = (
-            f"loss {values['loss']:.3f}  {values['images_per_second']:.0f} img/s  "
-            f"data wait {100 * values['data_wait_fraction']:.0f} %"
+            f"loss {values['loss']:.3f} (chance {values['chance']:.3f})  "
+            f"mean norm {values['feature_mean_norm']:.2f}  rank {values['bank_rank']:.1f}  "
+            f"{values['images_per_second']:.0f} img/s  data wait {100 * values['data_wait_fraction']:.0f} %"
         )
         if self._progress is not None:
             self._progress.update(self._task, completed=values["step"], status=status)
         else:
             self.say(f"step {values['step']}  epoch {values['epoch']:.2f}  {status}  lr {values['lr']:.4f}")
 
-    def evaluation(self, step: int, epoch: float, knn_top1: float | None) -> None:
+    def evaluation(
+        self, step: int, epoch: float, knn_top1: float | None, backbone: Spread, findings: Sequence[Finding] = ()
+    ) -> None:
+        """One line of `kind` eval: kNN where there are labels, and how the backbone's features fill their space."""
         if self._directory is None:
             return
-        self._write({"kind": "eval", "step": step, "epoch": epoch, "knn_top1": knn_top1})
+        values = {f"backbone_{name}": value for name, value in backbone._asdict().items()}
+        self._write(
+            {"kind": "eval", "step": step, "epoch": epoch, "knn_top1": knn_top1, **values, **self._warn(findings)}
+        )
+        for name, value in values.items():
+            self._tensorboard.add_scalar(f"eval/{name}", value, step)
+        knn = ""
         if knn_top1 is not None:
             self._tensorboard.add_scalar("eval/knn_top1", knn_top1, step)
-            self.say(f"epoch {epoch:g}: kNN top-1 {knn_top1:.1f} %")
+            knn = f"kNN top-1 {knn_top1:.1f} %, "
+        self.say(f"epoch {epoch:g}: {knn}effective rank of the features {backbone.rank:.1f}")
 
     def end(self, values: dict[str, Any]) -> None:
         if self._directory is not None:
@@ -150,6 +179,13 @@ class RunLog:
         """A picture [3, H, W] in 0..1 of augmented views."""
         if self._directory is not None:
             self._tensorboard.add_image("augmented views", grid, 0)
+
+    def _warn(self, findings: Sequence[Finding]) -> dict[str, list[str]]:
+        """Say what is new, and return the field of the line in metrics.jsonl: the causes that hold, if any."""
+        for finding in findings:
+            if finding.new:
+                self.say(f"warning: {finding.line}")
+        return {"warnings": [finding.cause for finding in findings]} if findings else {}
 
     def _write(self, values: dict[str, Any]) -> None:
         self._file.write(json.dumps(values) + "\n")

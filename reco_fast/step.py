@@ -25,6 +25,7 @@ METRICS = (
     "loss_local",
     "teacher_entropy",
     "positive_similarity",
+    "negative_similarity",
     "feature_mean_norm",
     "feature_std",
     "skipped_steps",
@@ -192,14 +193,22 @@ def _forward(
             mix_anchor=loss.mix_anchor,
             impl=loss.impl,
         )
-    return out.total, keys, torch.stack([out.total.detach(), *out[1:], *_feature_health(query.detach(), keys[0])])
+    health = _feature_health(query.detach(), keys[0], state.bank.keys)
+    return out.total, keys, torch.stack([out.total.detach(), *out[1:], *health])
 
 
-def _feature_health(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean similarity of positives; norm of the mean unit embedding (1: all alike, or drifting as one); and the
-    standard deviation of its coordinates (1/√D: spread over the sphere; 0: collapsed)."""
+def _feature_health(query: Tensor, key: Tensor, bank: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean similarity of positives, and of queries with the bank; norm of the mean unit embedding (1: all alike, or
+    drifting as one); and the standard deviation of its coordinates times √D (1: uniform on the sphere; 0: collapsed).
+    """
     q = unit(query)
-    return (q * unit(key)).sum(dim=1).mean(), q.mean(dim=0).norm(), q.std(dim=0, correction=0).mean()
+    mean = q.mean(dim=0)
+    return (
+        (q * unit(key)).sum(dim=1).mean(),
+        mean @ bank.mean(dim=0, dtype=torch.float32),  # the mean of all N×K similarities
+        mean.norm(),
+        q.std(dim=0, correction=0).mean() * q.shape[1] ** 0.5,
+    )
 
 
 def _to_device(array: np.ndarray, device: torch.device) -> Tensor:

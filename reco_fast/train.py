@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ from torchvision.utils import make_grid
 from reco_fast import checkpoint, cli, distributed, run_folder
 from reco_fast.config import Config, ConfigError
 from reco_fast.data import LabelledData, loader_workers, open_data, recipe
-from reco_fast.evaluate import knn_top1, labelled_features
+from reco_fast.diagnostics import SETTLED_STEPS, SPREAD_ROWS, Watch, chance_levels, spread
+from reco_fast.evaluate import features_of, knn_top1, labelled_features
 from reco_fast.metrics import Meter, RunLog
 from reco_fast.pipelines.augmentations import Recipe
 from reco_fast.pipelines.loader import Batch, Loader, open_loader
@@ -33,6 +34,7 @@ from reco_fast.state import TrainState, build_state, pick_device
 from reco_fast.step import METRICS, draw, scheduled, train_step
 from reco_fast.stop import StopRequest
 
+SAMPLE = 2048  # training images whose features are looked at where there are no labels
 MANY_SKIPPED = 20  # steps in a row without a finite gradient, after which a run gives up
 
 
@@ -65,7 +67,7 @@ def train(preset: str, config: Config) -> int:
                 print(f"{folder} is finished: {done}")
             return 0
         writes = distributed.rank() == 0
-        progress = Progress() if resume_from is None else Progress(**checkpoint.load(resume_from, state))
+        progress = Progress() if resume_from is None else Progress.from_json(checkpoint.load(resume_from, state))
         if writes:
             check_same_images(progress, source, config.data.path)
         order = TrainingOrder(
@@ -116,6 +118,11 @@ class Run:
     def stop_at(self) -> int:
         return min(self.total_steps, self.config.train.max_steps or self.total_steps)
 
+    def settled(self, step: int) -> bool:
+        """Whether embeddings should have come apart: past the first epoch (or many steps) and the warm-up."""
+        warmup = self.config.optim.warmup_epochs * self.epoch_steps
+        return step > max(warmup, min(self.epoch_steps, SETTLED_STEPS))
+
     def epoch(self, step: int) -> float:
         return step / self.epoch_steps
 
@@ -136,6 +143,15 @@ class Progress:
     sums: list[float] = field(default_factory=lambda: [0.0] * len(METRICS))
     summed_steps: int = 0
     skipped_in_a_row: int = 0
+    watch: Watch = field(default_factory=Watch)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Progress":
+        """Of a checkpoint; one of an earlier version may lack the watch and measure something else."""
+        progress = cls(**values | {"watch": Watch(**values.get("watch", {}))})
+        if len(progress.sums) != len(METRICS):
+            progress.sums, progress.summed_steps = [0.0] * len(METRICS), 0
+        return progress
 
     def add(self, meter: Meter) -> None:
         """Take over what the meter has counted."""
@@ -155,7 +171,7 @@ def loop(
     """Fetch, step, log, evaluate, checkpoint; from `state.step` to the end or to a request to stop."""
     config = run.config
     if state.step == 0:
-        progress.knn_top1_initial = progress.knn_top1 = evaluate(run, state, log)
+        progress.knn_top1_initial = progress.knn_top1 = evaluate(run, state, progress, log)
     meter = Meter()
     saved_at = time.monotonic()
     sums = torch.tensor(progress.sums, device=state.device)
@@ -179,7 +195,10 @@ def loop(
             ended = state.step == run.stop_at
             logs = ended or state.step % config.run.log_every == 0
             if logs:
+                steps = progress.summed_steps
                 values = averages(sums, progress)
+                values |= context(run, state, values, steps)
+                findings = progress.watch.reading(values, config, settled=run.settled(state.step))
                 times = meter.step_times()
                 rate, waited = meter.read()
                 log.train(
@@ -187,10 +206,11 @@ def loop(
                     | values
                     | {"lr": schedule.lr, "images_per_second": rate, "data_wait_fraction": waited}
                     | times
-                    | ({} if utilisation is None else {"model_flops_utilisation": rate * utilisation})
+                    | ({} if utilisation is None else {"model_flops_utilisation": rate * utilisation}),
+                    findings,
                 )
             if ended or run.due(state.step, config.eval.every):
-                progress.knn_top1 = evaluate(run, state, log)
+                progress.knn_top1 = evaluate(run, state, progress, log)
                 meter.restart()
             stopping, overdue = False, False
             if logs or distributed.world_size() == 1:  # several ranks agree when they wait for each other anyway
@@ -223,6 +243,21 @@ def loop(
             "knn_top1": progress.knn_top1,
         }
     )
+
+
+def context(run: Run, state: TrainState, values: dict[str, float], steps: int) -> dict[str, float]:
+    """What to read `values`, averages of the last `steps` steps, against: their mean relation weight, the levels of
+    chance, and the spread of the newest keys in the memory bank."""
+    config = run.config
+    weights = [scheduled(s, run.total_steps, config).relation_weight for s in range(state.step - steps, state.step)]
+    weight = sum(weights) / max(1, steps)
+    keys = state.bank.newest(min(config.model.bank_size, SPREAD_ROWS, state.step * config.train.batch_size))
+    bank = {f"bank_{name}": value for name, value in spread(keys)._asdict().items()}
+    levels = chance_levels(config, weight)
+    share = {}
+    if config.loss.uses_global:
+        share["teacher_entropy_share"] = values["teacher_entropy"] / levels["chance_global"]
+    return {"relation_weight": weight} | levels | share | bank
 
 
 def averages(sums: Tensor, progress: Progress) -> dict[str, float]:
@@ -271,14 +306,19 @@ def check_ranks(config: Config) -> None:
         )
 
 
-def evaluate(run: Run, state: TrainState, log: RunLog) -> float | None:
-    """kNN top-1 of the student's backbone in percent; None without labelled images."""
-    top1 = None
-    if run.labelled is not None:
-        features = labelled_features(state.student.backbone, run.labelled, run.config, state.device)
-        options = run.config.eval
+def evaluate(run: Run, state: TrainState, progress: Progress, log: RunLog) -> float | None:
+    """Log how good the student's backbone is. Returns its kNN top-1 in percent; None without labelled images."""
+    config, backbone = run.config, state.student.backbone
+    top1, findings = None, []
+    if run.labelled is None:
+        train, _ = features_of(backbone, run.source, config, state.device, count=SAMPLE)
+    else:
+        features = labelled_features(backbone, run.labelled, config, state.device)
+        train = features.train
+        options = config.eval
         top1 = knn_top1(features, len(run.labelled.classes), k=options.knn_k, temperature=options.knn_temperature)
-    log.evaluation(state.step, run.epoch(state.step), top1)
+        findings = progress.watch.evaluation(top1, len(features.val), config)
+    log.evaluation(state.step, run.epoch(state.step), top1, spread(train), findings)
     return top1
 
 

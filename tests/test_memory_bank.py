@@ -22,6 +22,7 @@ def test_holds_the_last_k_keys(batch: int) -> None:
     assert set((-bank.weak_keys[:, 0]).int().tolist()) == last
     # The oldest key is the next to be overwritten.
     assert bank.keys[bank.position, 0] == pushed - 10
+    assert bank.newest(4)[:, 0].tolist() == [pushed - 1, pushed - 2, pushed - 3, pushed - 4]
 
 
 def test_both_banks_keep_rows_of_one_image_at_one_place() -> None:

@@ -7,15 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from reco_fast.diagnostics import Finding, Spread
 from reco_fast.metrics import Meter, RunLog
 
 
 def test_log_drops_what_came_after_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = {"loss": 1.0, "images_per_second": 10.0, "data_wait_fraction": 0.1, "lr": 0.1}
+    values |= {"chance": 2.0, "feature_mean_norm": 0.5, "bank_rank": 12.0}
+    collapse = Finding("collapse", "features collapse", new=True)
     with RunLog(tmp_path, total_steps=40, first_step=0) as log:
-        log.evaluation(0, 0.0, 10.0)
+        log.evaluation(0, 0.0, 10.0, Spread(0.9, 0.5, 7.0))
         for step in (10, 20, 30):
-            log.train({"step": step, "epoch": step / 10} | values)
+            log.train({"step": step, "epoch": step / 10} | values, [collapse._replace(new=step == 20)] * (step > 10))
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"kind": "train", "st')  # cut short by a kill
     with RunLog(tmp_path, total_steps=40, first_step=20) as log:
@@ -29,7 +32,10 @@ def test_log_drops_what_came_after_the_checkpoint(tmp_path: Path, capsys: pytest
         ("train", 30),
     ]
     assert (tmp_path / "bad_images.txt").read_text() == "a b.jpg\tno JPEG\nb.jpg\tempty\n"
-    assert "step 30" in capsys.readouterr().out
+    assert [line.get("warnings") for line in lines] == [None, None, ["collapse"], None]
+    shown = capsys.readouterr().out
+    assert "step 30" in shown
+    assert shown.count("warning: features collapse\n") == 1
     assert os.listdir(tmp_path / "tensorboard")
 
 

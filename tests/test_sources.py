@@ -237,6 +237,16 @@ def test_evaluation_order_is_one_pass(world_size: int) -> None:
     assert seen == list(range(50))
 
 
+@pytest.mark.parametrize("count", [1, 7, 50, 90])
+def test_evaluation_order_of_a_part_is_evenly_chosen(count: int) -> None:
+    chosen = np.concatenate([EvaluationOrder(50, 8, count=count, rank=r, world_size=2).batch(0)[1] for r in (0, 1)])
+    if count <= 14:
+        assert len(chosen) == count
+        assert chosen.tolist() == [50 * place // count for place in range(count)]
+    else:
+        assert chosen.tolist() == [*range(8), *range(25, 33)]
+
+
 @pytest.mark.parametrize(
     "make",
     [
