@@ -113,8 +113,8 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    name: Literal["sgd", "lars"] = "sgd"
-    """lars for batches of 1,024 and more."""
+    name: Literal["sgd", "lars", "apex-sgd", "apex-lamb"] = "sgd"
+    """lars for batches of 1,024 and more. apex: by NVIDIA Apex, where it is built (CUDA); docs/step.md."""
     lr: float = 0.06
     """Peak learning rate for a global batch of 256; scaled linearly with --train.batch-size."""
     momentum: float = 0.9
@@ -142,6 +142,9 @@ class TrainConfig:
     """auto: bf16 where the device has matrix units for it, else fp16 on CUDA and fp32 on a CPU."""
     compile: Annotated[bool | None, tyro.conf.arg(metavar="| --train.no-compile")] = None
     """torch.compile of the encoders. Unless said, on with CUDA and off on a CPU."""
+    cuda_graph: bool = False
+    """Capture the whole step as a CUDA graph and replay it: for steps so short that launching kernels takes longer
+    than running them. One rank."""
     seed: int = 0
     device: Literal["auto", "cuda", "cpu"] = "auto"
     max_steps: int | None = None
@@ -222,6 +225,8 @@ class Config:
             self.model.bank_size,
             f"at least --train.batch-size, {self.train.batch_size} (a bank smaller than the batch loses keys)",
         )
+        ranges = not (self.train.cuda_graph and self.profile.enabled)
+        _require(ranges, "train.cuda-graph", "both", "no --profile.enabled: a replayed graph has no named ranges")
 
     def to_json(self) -> dict[str, Any]:
         """Nested plain values; paths become strings."""

@@ -20,15 +20,25 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         {"params": vectors, "weight_decay": config.weight_decay if config.decay_all else 0.0, "adapt": False},
     ]
     groups = [group for group in groups if group["params"]]
+    lr = torch.tensor(config.lr, device=parameters[0].device)
     optimizer: torch.optim.Optimizer
     if config.name == "lars":
-        optimizer = LARS(groups, lr=config.lr, momentum=config.momentum)
+        optimizer = LARS(groups, lr=lr, momentum=config.momentum)
     else:
-        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=config.momentum, fused=True)
     # Zeros from the start: where the scaler skips the very first step, fused SGD would keep uninitialised memory.
     for parameter in parameters:
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """From the next step on. Written to the device where the rate is there, so that a captured step reads it."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 class LARS(torch.optim.Optimizer):
@@ -43,7 +53,7 @@ class LARS(torch.optim.Optimizer):
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
 
-    def __init__(self, params: Any, lr: float, momentum: float = 0.9, trust: float = 1e-3) -> None:
+    def __init__(self, params: Any, lr: float | Tensor, momentum: float = 0.9, trust: float = 1e-3) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": 0.0, "adapt": True, "trust": trust})
 
     @torch.no_grad()
@@ -63,15 +73,13 @@ class LARS(torch.optim.Optimizer):
                 trust = torch.where((scales[0] > 0) & (scales[1] > 0), group["trust"] * scales[0] / scales[1], 1.0)
                 torch._foreach_mul_(updates, list(trust.unbind()))
             buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in weights]
-            if self.found_inf is None:
-                torch._foreach_mul_(buffers, group["momentum"])
-                torch._foreach_add_(buffers, updates)
-                torch._foreach_add_(weights, buffers, alpha=-group["lr"])
-            else:
-                torch._foreach_mul_(buffers, torch.where(self.found_inf > 0, 1.0, group["momentum"]))
+            momentum, lr = group["momentum"], group["lr"]
+            if self.found_inf is not None:
+                momentum, lr = torch.where(self.found_inf > 0, 1.0, momentum), (1 - self.found_inf) * lr
                 torch._foreach_mul_(updates, 1 - self.found_inf)
-                torch._foreach_add_(buffers, updates)
-                torch._foreach_add_(weights, torch._foreach_mul(buffers, (self.found_inf - 1) * group["lr"]))
+            torch._foreach_mul_(buffers, momentum)
+            torch._foreach_add_(buffers, updates)
+            torch._foreach_sub_(weights, torch._foreach_mul(buffers, lr))
 
 
 def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:

@@ -20,7 +20,8 @@ from reco_fast.config import Config, ConfigError
 
 PACKAGES = ("torch", "torchvision", "triton", "timm", "numpy", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
 # What may differ between a run and its continuation: it changes where and how fast, not what is learned.
-MAY_CHANGE = {"run", "profile", "eval", "train.max_steps", "train.device", "train.compile", "data.workers"}
+MAY_CHANGE = {"run", "profile", "eval", "data.workers"}
+MAY_CHANGE |= {"train.max_steps", "train.device", "train.compile", "train.cuda_graph"}
 
 
 def choose(config: Config, preset: str) -> tuple[Path, Path | None]:

@@ -6,11 +6,12 @@ import os
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from reco_fast import distributed
 from reco_fast.config import Config, ConfigError
+from reco_fast.cuda_graph import CudaBackend, Graphed
 from reco_fast.memory_bank import MemoryBank
 from reco_fast.model import Encoder, Passes, TeacherUpdate, build_encoder, follow_mode
 from reco_fast.optim import build_optimizer
@@ -34,6 +35,10 @@ class TrainState:
     update_teacher: TeacherUpdate
     device: torch.device
     precision: torch.dtype
+    relation_weight: Tensor
+    """Of the step under way: a factor of both relations' weights, 0-d float32 on the device."""
+    graphed: Graphed | None = None
+    """Runs the step from a CUDA graph, where the run asks for it."""
     step: int = 0
 
     def autocast(self) -> torch.autocast:
@@ -49,6 +54,7 @@ class TrainState:
 
 def build_state(config: Config, device: torch.device) -> TrainState:
     """A fresh state: student and teacher start equal, on all ranks alike."""
+    check_device(config, device)
     torch.manual_seed(config.train.seed)
     student = build_encoder(config.model, config.data.image_size)
     has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in student.modules())
@@ -89,7 +95,25 @@ def build_state(config: Config, device: torch.device) -> TrainState:
         update_teacher=TeacherUpdate(teacher, student, config.model.key_norm),
         device=device,
         precision=precision,
+        relation_weight=torch.ones((), device=device),
+        graphed=Graphed(CudaBackend()) if config.train.cuda_graph else None,
     )
+
+
+def check_device(config: Config, device: torch.device) -> None:
+    """Raises ConfigError for what needs a GPU, or one process, where it is not so."""
+    if config.optim.name.startswith("apex") and device.type != "cuda":
+        raise ConfigError(f"--optim.name: expected sgd or lars on {device.type}, got {config.optim.name}")
+    if not config.train.cuda_graph:
+        return
+    if device.type != "cuda":
+        raise ConfigError(f"--train.cuda-graph: expected a CUDA device, got {device.type}")
+    if distributed.world_size() > 1:
+        raise ConfigError(f"--train.cuda-graph: expected one rank, got {distributed.world_size()}")
+    if config.optim.name == "apex-sgd":
+        raise ConfigError(
+            "--train.cuda-graph: expected another --optim.name than apex-sgd, which takes its rate from the host"
+        )
 
 
 def pick_device(name: str) -> torch.device:

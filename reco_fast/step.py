@@ -3,6 +3,7 @@
 Nothing is drawn from hidden state: every number follows from (seed, step, part, rank), so a resumed run repeats them.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from reco_fast.config import Config, LossConfig
 from reco_fast.kernels.reference import unit
 from reco_fast.losses import reco_loss
 from reco_fast.model import teacher_forward
-from reco_fast.optim import learning_rate, ramp
+from reco_fast.optim import learning_rate, ramp, set_learning_rate
 from reco_fast.profiling.trace import region
 from reco_fast.state import TrainState
 
@@ -51,7 +52,6 @@ class Schedule(NamedTuple):
 
     lr: float
     relation_weight: float
-    teacher_momentum: float
 
 
 def scheduled(step: int, total_steps: int, config: Config) -> Schedule:
@@ -61,7 +61,6 @@ def scheduled(step: int, total_steps: int, config: Config) -> Schedule:
     return Schedule(
         lr=learning_rate(step, total_steps, warmup, peak),
         relation_weight=ramp(step, total_steps, config.loss.ramp),
-        teacher_momentum=config.model.teacher_momentum,
     )
 
 
@@ -117,15 +116,23 @@ def train_step(
     Returns `METRICS` [len(METRICS)] float32 on the device, zeros but for the last in a skipped step; nothing waits
     for the device.
     """
-    for group in state.optimizer.param_groups:
-        group["lr"] = schedule.lr
+    set_learning_rate(state.optimizer, schedule.lr)
+    state.relation_weight.fill_(schedule.relation_weight)
     torch.manual_seed(hash((config.train.seed, state.step, distributed.rank())) % 2**63)  # for dropout in a backbone
+    compute = partial(_compute, state, config)
+    metrics = compute(views, draws) if state.graphed is None else state.graphed(compute, views, draws)
+    state.step += 1
+    return metrics
+
+
+def _compute(state: TrainState, config: Config, views: tuple[Tensor, ...], draws: list[Draws]) -> Tensor:
+    """All of a step that happens on the device, as a function of tensors alone: a CUDA graph can repeat it."""
     parts = len(draws)
     metrics, keys = [], []
     for part, drawn in enumerate(draws):
         part_views = tuple(view.chunk(parts)[part] for view in views)
         last = part == parts - 1
-        loss, part_keys, measured = _forward(state, config, part_views, drawn, schedule)
+        loss, part_keys, measured = _forward(state, config, part_views, drawn)
         with region("backward"), state.gradient_sync(last):
             state.scaler.scale(loss / parts).backward()
         metrics.append(measured)
@@ -133,10 +140,9 @@ def train_step(
     with region("optimizer"):
         skipped = _apply_gradients(state)
     with region("moving_average"):
-        state.update_teacher(schedule.teacher_momentum)
+        state.update_teacher(config.model.teacher_momentum)
     with region("enqueue"):
         state.bank.enqueue(*(distributed.all_gather(_clean_rows(part)) for part in zip(*keys, strict=True)))
-    state.step += 1
     return torch.cat([torch.where(skipped > 0, 0.0, torch.stack(metrics).mean(dim=0)), skipped[None]])
 
 
@@ -162,7 +168,7 @@ def _clean_rows(parts: tuple[Tensor, ...]) -> Tensor:
 
 
 def _forward(
-    state: TrainState, config: Config, views: tuple[Tensor, ...], draws: Draws, schedule: Schedule
+    state: TrainState, config: Config, views: tuple[Tensor, ...], draws: Draws
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
     """Loss with its graph, the teacher's new keys (and weak keys), and the measurements, of one part."""
     loss, model = config.loss, config.model
@@ -188,8 +194,8 @@ def _forward(
             temperature=loss.temperature,
             student_temperature=loss.student_temperature,
             teacher_temperature=loss.teacher_temperature,
-            global_weight=loss.global_weight * schedule.relation_weight if loss.uses_global else 0,
-            local_weight=loss.local_weight * schedule.relation_weight if loss.uses_local else 0,
+            global_weight=loss.global_weight * state.relation_weight if loss.uses_global else 0,
+            local_weight=loss.local_weight * state.relation_weight if loss.uses_local else 0,
             mix_anchor=loss.mix_anchor,
             impl=loss.impl,
         )

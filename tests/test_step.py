@@ -114,7 +114,7 @@ def test_accumulated_parts_sum_to_the_gradient_of_the_batch() -> None:
         if parts == 1:
             within = torch.cat([draws[0].permutation[8:], 8 + draws[0].permutation[8:]])
             draws = [Draws(within, mix, None)]
-        train_step(state, config, views(0), draws, Schedule(0.1, 1.0, 0.9))
+        train_step(state, config, views(0), draws, Schedule(0.1, 1.0))
         weights[parts] = torch.cat([p.detach().flatten() for p in state.student.parameters()])
     torch.testing.assert_close(weights[1], weights[2], rtol=1e-5, atol=1e-6)
 
@@ -160,7 +160,7 @@ from reco_fast import distributed
 from reco_fast.config import Config, ModelConfig, TrainConfig
 from reco_fast.state import build_state
 from reco_fast.step import Draws, Schedule, train_step
-config = Config(model=ModelConfig(arch="timm/test_convnext", bank_size=96, projection_dim=16),
+config = Config(model=ModelConfig(arch="timm/test_convnext", bank_size=96, projection_dim=16, teacher_momentum=0.9),
                 train=TrainConfig(batch_size=16, precision="fp32"))
 cpu = torch.device("cpu")
 torch.set_num_threads(1)
@@ -176,7 +176,7 @@ with distributed.process_group(cpu):
         mine = slice(16 // ranks * rank, 16 // ranks * (rank + 1))
         permutation = inner[rank] if ranks == 2 else torch.cat([inner[0], 8 + inner[1]])
         views = tuple(v[mine].contiguous(memory_format=torch.channels_last) for v in whole)
-        metrics = train_step(state, config, views, [Draws(permutation, weights, None)], Schedule(0.1, 1.0, 0.9))
+        metrics = train_step(state, config, views, [Draws(permutation, weights, None)], Schedule(0.1, 1.0))
         losses.append(distributed.sum_over_ranks(metrics[:5].clone()) / ranks)
     result = {"losses": torch.stack(losses)} | {f"student.{n}": t for n, t in state.student.state_dict().items()}
     result |= {f"teacher.{n}": t for n, t in state.teacher.state_dict().items()}

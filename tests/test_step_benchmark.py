@@ -48,7 +48,7 @@ def test_the_naive_step_computes_what_the_trainer_does() -> None:
             CONFIG,
             tuple(view.to(memory_format=torch.channels_last) for view in given),
             drawn,
-            Schedule(lr=CONFIG.optim.lr, relation_weight=1.0, teacher_momentum=0.9),
+            Schedule(lr=CONFIG.optim.lr, relation_weight=1.0),
         )
         measured = naive.step(given, drawn[0].permutation, drawn[0].mix_weights)
         assert measured["loss"] == pytest.approx(float(metrics[0]), rel=1e-4)
@@ -164,7 +164,7 @@ def test_activations_and_their_gradients_stay_channels_last(precision: str, firs
     draws = draw(0, rows, config, CPU)
     LayoutRecorder.broken, LayoutRecorder.seen = [], 0
     with LayoutRecorder(rows):
-        train_step(state, config, given, draws, Schedule(lr=0.1, relation_weight=1.0, teacher_momentum=0.9))
+        train_step(state, config, given, draws, Schedule(lr=0.1, relation_weight=1.0))
     assert LayoutRecorder.seen > 300  # four passes of 20 convolutions with norms and activations, two of them back
     if first_layout is torch.channels_last:
         # resnet18 ends at 4 × 4 for 32 px, in both student passes.

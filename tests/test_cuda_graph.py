@@ -1,0 +1,161 @@
+"""A captured step does what an ordinary one does: on the CPU with a recorder of operators in the graph's place."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from dispatch import Tape
+from torch import Tensor, nn
+
+from reco_fast.config import Config, ConfigError, DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from reco_fast.cuda_graph import WARMUP, CudaBackend, Graphed
+from reco_fast.state import TrainState, build_state, check_device
+from reco_fast.step import draw, scheduled, train_step
+
+CPU = torch.device("cpu")
+STEPS = WARMUP + 4
+BAD = WARMUP + 2  # the step whose gradients are not finite
+
+
+def config(**train: object) -> Config:
+    """Everything that a step can be told changes in these few steps: both relations, the rate, the draws."""
+    return Config(
+        model=ModelConfig(arch="timm/test_resnet", bank_size=40, projection_dim=16, norm_groups=2),
+        loss=LossConfig(ramp=1.0, mix="both"),
+        optim=OptimConfig(lr=0.5, warmup_epochs=2.0),
+        train=TrainConfig(batch_size=8, epochs=2, **train),
+        data=DataConfig(image_size=16),
+    )
+
+
+def run(
+    config: Config,
+    device: torch.device,
+    graphed: Graphed | None,
+    *,
+    scaled: bool = False,
+    around: Callable[[int], contextlib.AbstractContextManager[None]] = lambda step: contextlib.nullcontext(),
+) -> tuple[TrainState, Tensor]:
+    """State and metrics [STEPS, ...] after `STEPS` steps, the one before last with an overflow."""
+    state = build_state(config, device)
+    for encoder in (state.student, state.teacher):
+        encoder.projector.append(nn.Dropout(0.1))
+    state.graphed = graphed
+    if scaled:  # as in fp16, in which convolutions on a CPU take for ever
+        state.scaler = torch.amp.GradScaler(device.type, growth_interval=2)
+    rows = config.train.batch_size
+    metrics = []
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(step)
+        views = torch.randn(3, rows, 3, 16, 16, generator=generator)
+        views[0, 0] = torch.inf if step == BAD else views[0, 0]
+        given = tuple(view.to(device).contiguous(memory_format=torch.channels_last) for view in views)
+        with around(step):
+            draws = draw(step, rows, config, device)
+            metrics.append(train_step(state, config, given, draws, scheduled(step, STEPS, config)).clone())
+    return state, torch.stack(metrics)
+
+
+def tensors(state: TrainState) -> dict[str, Tensor]:
+    found = {
+        f"{kind}.{n}": t
+        for kind in ("student", "teacher", "bank")
+        for n, t in getattr(state, kind).state_dict().items()
+    }
+    momenta = (state.optimizer.state[parameter]["momentum_buffer"] for parameter in state.student.parameters())
+    return found | {f"momentum.{number}": momentum for number, momentum in enumerate(momenta)}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "key_norm", "scaled", "train"),
+    [
+        ("sgd", "batch", False, {"precision": "fp32"}),
+        ("lars", "split", False, {"precision": "bf16", "accumulate": 2}),
+        ("sgd", "ema", True, {"precision": "fp32"}),
+    ],
+)
+def test_operators_run_again_are_the_next_steps_bit_for_bit(
+    optimizer: str, key_norm: str, scaled: bool, train: dict[str, object]
+) -> None:
+    given = config(**train)
+    given = dataclasses.replace(
+        given,
+        model=dataclasses.replace(given.model, key_norm=key_norm),
+        optim=dataclasses.replace(given.optim, name=optimizer),
+    )
+    tape = Tape()
+    plain, plain_metrics = run(given, CPU, None, scaled=scaled)
+    taped, taped_metrics = run(given, CPU, Graphed(tape), scaled=scaled)
+    assert tape.replays == STEPS - WARMUP - 1
+    assert plain_metrics[BAD, -1] == 1
+    assert torch.equal(plain_metrics, taped_metrics)
+    assert plain.scaler.get_scale() == taped.scaler.get_scale()
+    expected = tensors(plain)
+    for name, value in tensors(taped).items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def test_a_number_that_python_puts_into_the_step_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rate_of_the_host(optimizer: torch.optim.Optimizer, lr: float) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+    monkeypatch.setattr("reco_fast.step.set_learning_rate", rate_of_the_host)
+    given = config(precision="fp32")
+    _, plain = run(given, CPU, None)
+    _, taped = run(given, CPU, Graphed(Tape()))
+    assert torch.equal(plain[: WARMUP + 2, 0], taped[: WARMUP + 2, 0])  # the next one shows the first wrong rate
+    assert not torch.equal(plain[-1, 0], taped[-1, 0])
+
+
+def test_inputs_are_copied_into_buffers_of_the_same_layout_that_stay() -> None:
+    seen = []
+
+    def double(pair: tuple[Tensor, None]) -> Tensor:
+        seen.append(pair[0])
+        return 2 * pair[0]
+
+    graphed = Graphed(Tape())
+    for step in range(WARMUP + 3):
+        given = torch.full((2, 3, 4, 4), float(step)).contiguous(memory_format=torch.channels_last)
+        assert torch.equal(graphed(double, (given, None)), 2 * given)
+    assert len(seen) == WARMUP + 1  # then the recorder alone
+    assert len({tensor.data_ptr() for tensor in seen}) == 1
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("change", "ranks", "device", "message"),
+    [
+        ({}, 1, "cpu", "--train.cuda-graph: expected a CUDA device, got cpu"),
+        ({}, 2, "cuda", "--train.cuda-graph: expected one rank, got 2"),
+        ({"optim": OptimConfig(name="apex-sgd")}, 1, "cuda", "--train.cuda-graph: expected another --optim.name"),
+    ],
+)
+def test_where_it_cannot_work_one_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, change: dict[str, object], ranks: int, device: str, message: str
+) -> None:
+    monkeypatch.setattr("reco_fast.distributed.world_size", lambda: ranks)
+    with pytest.raises(ConfigError, match=message):
+        check_device(dataclasses.replace(config(cuda_graph=True), **change), torch.device(device))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_captured_step_is_the_ordinary_one_and_its_replay_waits_for_nothing(precision: str, compiled: bool) -> None:
+    @contextlib.contextmanager
+    def no_waiting_in_replays(step: int) -> Iterator[None]:
+        torch.cuda.set_sync_debug_mode("error" if step > WARMUP else "default")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    given = config(precision=precision, compile=compiled)
+    device = torch.device("cuda", 0)
+    _, plain = run(given, device, None)
+    _, captured = run(given, device, Graphed(CudaBackend()), around=no_waiting_in_replays)
+    torch.testing.assert_close(captured, plain, rtol=0.02, atol=0.02)  # some of cuDNN's sums have no fixed order
