@@ -44,12 +44,17 @@ def main() -> NoReturn:
 
 def parse(argv: Sequence[str]) -> tuple[str, Config]:
     """The preset's name (quickstart unless the first word names one) and the configuration."""
+    preset, default, rest = preset_and_rest(argv)
+    prog, expectation = f"python -m reco_fast.train {preset}", inspect.cleandoc(PRESETS[preset][1])
+    return preset, cli.parse(Config, rest, prog=prog, description=expectation, default=default)
+
+
+def preset_and_rest(argv: Sequence[str]) -> tuple[str, Config, Sequence[str]]:
+    """The preset's name, its configuration and the other arguments. Raises ConfigError for an unknown name."""
     preset, rest = ("quickstart", argv) if not argv or argv[0].startswith("-") else (argv[0], argv[1:])
     if preset not in PRESETS:
         raise ConfigError(f"{preset}: expected a preset, one of {', '.join(PRESETS)}")
-    default, expectation = PRESETS[preset]
-    prog = f"python -m reco_fast.train {preset}"
-    return preset, cli.parse(Config, rest, prog=prog, description=inspect.cleandoc(expectation), default=default)
+    return preset, PRESETS[preset][0], rest
 
 
 def train(preset: str, config: Config) -> int:

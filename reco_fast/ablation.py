@@ -1,0 +1,271 @@
+"""Which relation earns its place: MoCo v2 and ReCo's terms on the same images, for as many epochs and for as long.
+
+`python -m reco_fast.ablation [PRESET] --data.path TRAIN --data.val-path VAL [--section.field VALUE ...]`
+
+Every run is an ordinary training run in a folder of its own, so a stopped ablation goes on with the same command. The
+results: a line for each run in `ablation.jsonl`, the table in `ablation.md`, the learning curves in `ablation.png`.
+"""
+
+import dataclasses
+import json
+import os
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from reco_fast import cli, run_folder
+from reco_fast.config import Config, ConfigError
+from reco_fast.data import open_data
+from reco_fast.evaluate import labelled_features, linear_probe, load_run
+from reco_fast.state import pick_device
+from reco_fast.train import preset_and_rest, train
+
+# Each method's changes to the configured loss; "both" is the loss as it is configured.
+METHODS: dict[str, dict[str, Any]] = {
+    "moco": {"objective": "moco"},
+    "global": {"local_weight": 0.0},
+    "local-cutmix": {"global_weight": 0.0, "mix": "cutmix"},
+    "local-mixup": {"global_weight": 0.0, "mix": "mixup"},
+    "both": {},
+}
+TITLES = {
+    "moco": "MoCo v2",
+    "global": "+ global",
+    "local-cutmix": "+ local, cutmix",
+    "local-mixup": "+ local, mixup",
+    "both": "+ both (ReCo)",
+}
+
+
+@dataclass(frozen=True)
+class AblationOptions:
+    dir: Path = Path("runs/ablation")
+    """Folder for the runs and the results."""
+    methods: tuple[str, ...] = tuple(METHODS)
+    """Which of moco, global, local-cutmix, local-mixup, both."""
+    seeds: tuple[int, ...] = (0, 1)
+    lr: tuple[float, ...] = ()
+    """Rates to give every method; unless said, --optim.lr alone. A method's best is on seed means."""
+    same_seconds: bool = True
+    """Once more with as many epochs for each method as take as long as the slowest."""
+
+    def __post_init__(self) -> None:
+        unknown = [method for method in self.methods if method not in METHODS]
+        if unknown or not self.methods:
+            got = unknown[0] if unknown else "nothing"
+            raise ConfigError(f"--ablation.methods: expected some of {', '.join(METHODS)}, got {got}")
+        if not self.seeds:
+            raise ConfigError("--ablation.seeds: expected at least one number, got nothing")
+
+
+@dataclass(frozen=True)
+class AblationConfig(Config):
+    ablation: AblationOptions = field(default_factory=AblationOptions)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One method at one rate with one budget; a run for each seed."""
+
+    method: str
+    lr: float
+    budget: str
+    epochs: int
+
+    def name(self, seed: int) -> str:
+        return f"{self.method}-lr{self.lr:g}-{self.epochs}epochs-seed{seed}"
+
+    def config(self, base: Config, seed: int, folder: Path) -> Config:
+        return dataclasses.replace(
+            base,
+            loss=dataclasses.replace(base.loss, **METHODS[self.method]),
+            optim=dataclasses.replace(base.optim, lr=self.lr),
+            train=dataclasses.replace(base.train, seed=seed, epochs=self.epochs),
+            run=dataclasses.replace(base.run, dir=folder / self.name(seed)),
+        )
+
+
+def main() -> NoReturn:
+    cli.run(lambda: ablate(*parse(sys.argv[1:])))
+
+
+def parse(argv: Sequence[str]) -> tuple[str, AblationConfig]:
+    """The preset's name and the configuration that all runs share."""
+    preset, default, rest = preset_and_rest(argv)
+    prog, options = f"python -m reco_fast.ablation {preset}", AblationConfig(**sections(default))
+    return preset, cli.parse(AblationConfig, rest, prog=prog, description=__doc__ or "", default=options)
+
+
+def sections(config: Config) -> dict[str, Any]:
+    """What any run is configured by: the fields of `Config`, without those of a subclass."""
+    return {section.name: getattr(config, section.name) for section in dataclasses.fields(Config)}
+
+
+def ablate(preset: str, command: AblationConfig) -> int:
+    """All runs that are not done yet, then the table and the picture."""
+    options = command.ablation
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(f"torchrun: expected one process for an ablation, got {os.environ['WORLD_SIZE']}")
+    base, _, labelled = open_data(Config(**sections(command)))
+    if labelled is None:
+        raise ConfigError("--data.val-path: expected labelled images to compare with, got nothing")
+    folder = options.dir
+    folder.mkdir(parents=True, exist_ok=True)
+    rates = options.lr or (base.optim.lr,)
+    results = read_results(folder / "ablation.jsonl")
+    for budget in ("epochs", "seconds") if options.same_seconds else ("epochs",):
+        for seed in options.seeds:  # seed by seed, so that a stopped ablation has whole comparisons
+            for variant in variants(budget, options.methods, rates, base.train.epochs, results):
+                config = variant.config(base, seed, folder)
+                if any(line["run"] == variant.name(seed) for line in results):
+                    check_same_settings(config)
+                    continue
+                print(f"{TITLES[variant.method]}, lr {variant.lr:g}, {variant.epochs} epochs, seed {seed}", flush=True)
+                train(preset, config)
+                outcome = judged(config)
+                if outcome is None:
+                    print(f"stopped; the same command goes on in {folder}", flush=True)
+                    return 0
+                results.append({**dataclasses.asdict(variant), "seed": seed, **outcome, "run": variant.name(seed)})
+                with open(folder / "ablation.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json.dumps(results[-1]) + "\n")
+                write_text(folder / "ablation.md", table(results))
+    print(table(results), end="")
+    draw_curves(folder, results)
+    return 0
+
+
+def variants(
+    budget: str, methods: tuple[str, ...], rates: tuple[float, ...], epochs: int, results: list[dict[str, Any]]
+) -> Iterator[Variant]:
+    """What to run for one seed. The budget of seconds needs the runs of the budget of epochs to know speeds."""
+    seconds = {
+        method: statistics.median(r["seconds"] for r in results if r["method"] == method and r["budget"] == "epochs")
+        for method in methods
+        if budget == "seconds"
+    }
+    for method in methods:
+        longer = epochs if budget == "epochs" else round(epochs * max(seconds.values()) / seconds[method])
+        if budget == "seconds" and longer <= epochs:
+            continue  # the slowest has its line already
+        for lr in rates:
+            yield Variant(method, lr, budget, longer)
+
+
+def check_same_settings(config: Config) -> None:
+    """Raises ConfigError where the run that is done was another."""
+    assert config.run.dir is not None
+    difference = run_folder.first_difference(config, run_folder.read_config(config.run.dir))
+    if difference:
+        raise ConfigError(f"--ablation.dir: {config.run.dir} holds a run with other settings: {difference}")
+
+
+def judged(config: Config) -> dict[str, Any] | None:
+    """What became of a run, with a linear probe of its student; None if it is not finished."""
+    assert config.run.dir is not None
+    end = run_folder.finished(config.run.dir)
+    if end is None:
+        return None
+    _, source, labelled = open_data(config)
+    assert labelled is not None
+    device = pick_device(config.train.device)
+    _, encoder = load_run(config.run.dir, "student")
+    backbone = encoder.get_submodule("backbone").to(device).to(memory_format=torch.channels_last)
+    top1, penalty = linear_probe(labelled_features(backbone, labelled, config, device))
+    kept = ("steps", "seconds", "knn_top1_initial", "knn_top1")
+    return {"images": len(source)} | {name: end[name] for name in kept} | {"linear_top1": top1, "linear_c": penalty}
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The lines that a stopped ablation left, without one that a kill cut short."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}\n")]
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown: a row for each method, rate and budget; mean over the seeds with the lowest and the highest."""
+    rows = ["| method | lr | epochs | seconds | seeds | kNN top-1 | linear probe |", "|---|---|---|---|---|---|---|"]
+    groups: dict[tuple[str, str, float, int], list[dict[str, Any]]] = {}
+    for line in results:
+        groups.setdefault((line["budget"], line["method"], line["lr"], line["epochs"]), []).append(line)
+    order = list(METHODS)
+    for (_, method, lr, epochs), lines in sorted(groups.items(), key=lambda g: (g[0][0], order.index(g[0][1]), g[0])):
+        seconds = statistics.median(line["seconds"] for line in lines)
+        knn, linear = (spread([line[name] for line in lines]) for name in ("knn_top1", "linear_top1"))
+        rows.append(f"| {TITLES[method]} | {lr:g} | {epochs} | {seconds:.0f} | {len(lines)} | {knn} | {linear} |")
+    return "\n".join(rows) + "\n"
+
+
+def spread(values: list[float]) -> str:
+    """Mean and range, such as 40.1 (39.2 to 41.0)."""
+    mean = f"{statistics.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.1f} to {max(values):.1f})"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Appears whole or not at all."""
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.rename(path)
+
+
+def draw_curves(folder: Path, results: list[dict[str, Any]]) -> None:
+    """kNN against epochs, and against minutes of training: the mean over the seeds and their range."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("the learning curves need matplotlib; pip install 'reco-fast[profile]'")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained", sharey=True)
+    for panel, budget in zip(panels, ("epochs", "seconds"), strict=True):
+        for method in METHODS:
+            lines = best_rate([r for r in results if r["method"] == method and shown(r, budget, results)])
+            if not lines:
+                continue
+            curves = [curve(folder / line["run"] / "metrics.jsonl") for line in lines]
+            x = [epoch for epoch, _ in curves[0]]
+            if budget == "seconds":
+                each = statistics.median(line["seconds"] / line["epochs"] for line in lines)
+                x = [epoch * each / 60 for epoch in x]
+            y = list(zip(*([top1 for _, top1 in points] for points in curves), strict=True))
+            (drawn,) = panel.plot(x, [statistics.mean(values) for values in y], label=TITLES[method], linewidth=1.4)
+            panel.fill_between(
+                x, list(map(min, y)), list(map(max, y)), color=drawn.get_color(), alpha=0.15, linewidth=0
+            )
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set(xlabel="epochs", ylabel="kNN top-1, %", title="for as many epochs")
+    panels[1].set(xlabel="minutes of training", title="for as long")
+    panels[0].legend(frameon=False, fontsize=8)
+    figure.savefig(folder / "ablation.png", dpi=150)
+    pyplot.close(figure)
+
+
+def shown(line: dict[str, Any], budget: str, results: list[dict[str, Any]]) -> bool:
+    """Whether a line belongs to the comparison by `budget`; the slowest method's epochs are in both."""
+    if line["budget"] == budget:
+        return True
+    return budget == "seconds" and not any(r["method"] == line["method"] and r["budget"] == budget for r in results)
+
+
+def best_rate(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of the rate with the highest mean kNN."""
+    rates = {line["lr"]: [r for r in lines if r["lr"] == line["lr"]] for line in lines}
+    return max(rates.values(), key=lambda group: statistics.mean(r["knn_top1"] for r in group), default=[])
+
+
+def curve(path: Path) -> list[tuple[float, float]]:
+    """(epoch, kNN top-1) of every evaluation of a run."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [(line["epoch"], line["knn_top1"]) for line in lines if line["kind"] == "eval"]
+
+
+if __name__ == "__main__":
+    main()

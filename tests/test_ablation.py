@@ -1,0 +1,132 @@
+"""The ablation: the right runs, one line each, going on where it stopped, and an honest table."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from reco_fast import ablation
+from reco_fast.ablation import METHODS, Variant, table, variants
+from reco_fast.config import ConfigError
+
+SMALL = (
+    "--model.arch timm/test_resnet --model.stem standard --model.bank-size 32 --model.projection-dim 16 "
+    "--model.key-norm batch --loss.ramp 0 --train.batch-size 16 --train.device cpu --train.epochs 1 --data.loader torch"
+).split()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 20), ("val", 4)):
+        for number, name in enumerate(("dark", "light")):
+            (root / split / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = rng.integers(128 * number, 128 * number + 128, size=(32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{index}.jpg")
+    return root
+
+
+def ablate(images: Path, folder: Path, *arguments: object) -> list[dict[str, Any]]:
+    data = ["--data.path", images / "train", "--data.val-path", images / "val", "--ablation.dir", folder]
+    preset, command = ablation.parse([str(part) for part in ["cifar10", *data, *SMALL, *arguments]])
+    assert ablation.ablate(preset, command) == 0
+    return [json.loads(line) for line in (folder / "ablation.jsonl").read_text().splitlines()]
+
+
+def test_each_method_is_trained_once_and_reported(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("--ablation.no-same-seconds", "--ablation.seeds", 3, "--ablation.methods", "moco", "both")
+    lines = ablate(images, tmp_path, *flags)
+    assert [(line["method"], line["seed"], line["epochs"]) for line in lines] == [("moco", 3, 1), ("both", 3, 1)]
+    for line in lines:
+        assert 0 <= line["knn_top1"] <= 100
+        assert 0 <= line["linear_top1"] <= 100
+        settings = json.loads((tmp_path / line["run"] / "config.json").read_text())
+        assert settings["train"]["seed"] == 3
+        assert settings["loss"]["objective"] == ("moco" if line["method"] == "moco" else "reco")
+    shown = capsys.readouterr().out
+    assert "| MoCo v2 | 0.03 | 1 |" in shown
+    assert (tmp_path / "ablation.png").stat().st_size > 1000
+
+    monkeypatch.setattr(ablation, "train", lambda *_: pytest.fail("trained again"))
+    assert ablate(images, tmp_path, *flags) == lines
+
+
+def test_a_killed_ablation_goes_on_with_the_run_that_it_was_in(images: Path, tmp_path: Path) -> None:
+    flags = ("--ablation.no-same-seconds", "--ablation.seeds", 0, "--ablation.methods", "moco", "global")
+    whole = ablate(images, tmp_path / "whole", *flags)
+    ablate(images, tmp_path / "killed", *flags)
+    results = tmp_path / "killed" / "ablation.jsonl"
+    results.write_text(results.read_text().splitlines()[0] + '\n{"method": "glo')  # as a kill leaves it
+    again = ablate(images, tmp_path / "killed", *flags)
+    for line in (*whole, *again):
+        del line["seconds"]
+    assert again == whole
+
+
+def test_other_settings_are_not_mixed_into_a_table(images: Path, tmp_path: Path) -> None:
+    flags = ("--ablation.no-same-seconds", "--ablation.seeds", 0, "--ablation.methods", "moco")
+    ablate(images, tmp_path, *flags)
+    with pytest.raises(ConfigError, match=r"--ablation\.dir: .* --loss\.temperature is 0\.2 there and 0\.5 now"):
+        ablate(images, tmp_path, *flags, "--loss.temperature", 0.5)
+
+
+def test_the_budget_of_seconds_gives_faster_methods_more_epochs() -> None:
+    lines = [
+        {"method": method, "budget": "epochs", "lr": 0.1, "seed": seed, "seconds": seconds + seed}
+        for method, seconds in (("moco", 50.0), ("both", 99.0))
+        for seed in (0, 1, 2)
+    ]
+    assert list(variants("epochs", ("moco", "both"), (0.1, 0.2), 10, lines)) == [
+        Variant(method, lr, "epochs", 10) for method in ("moco", "both") for lr in (0.1, 0.2)
+    ]
+    assert list(variants("seconds", ("moco", "both"), (0.1,), 10, lines)) == [Variant("moco", 0.1, "seconds", 20)]
+
+
+def test_the_table_has_means_and_ranges() -> None:
+    lines = [
+        {
+            "method": "both", "budget": "epochs", "lr": 0.06, "epochs": 5, "seed": seed, "seconds": 60.0,
+            "knn_top1": knn, "linear_top1": 50.0,
+        }
+        for seed, knn in ((0, 40.0), (1, 41.0), (2, 45.0))
+    ]  # fmt: skip
+    assert table(lines).splitlines()[2] == (
+        "| + both (ReCo) | 0.06 | 5 | 60 | 3 | 42.0 (40.0 to 45.0) | 50.0 (50.0 to 50.0) |"
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--ablation.methods", "mocco"], r"--ablation\.methods: expected some of moco, .*, got mocco"),
+        (["--ablation.seeds"], r"--ablation\.seeds: expected at least one number, got nothing"),
+        (["--ablation.sed", "1"], r"--ablation\.sed: unknown flag; did you mean --ablation\.seeds\?"),
+    ],
+)
+def test_mistakes_are_one_line(flags: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ablation.parse(flags)
+
+
+def test_one_process_with_labels(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    preset, command = ablation.parse(["cifar10", "--data.path", str(images / "train"), *SMALL])
+    with pytest.raises(ConfigError, match=r"--data\.val-path: expected labelled images"):
+        ablation.ablate(preset, command)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="expected one process for an ablation, got 2"):
+        ablation.ablate(preset, command)
+
+
+def test_the_methods_differ_in_the_loss_alone() -> None:
+    _, command = ablation.parse([])
+    for method in METHODS:
+        config = Variant(method, command.optim.lr, "epochs", command.train.epochs).config(command, 0, Path("x"))
+        for section in ("data", "model", "optim", "train", "eval", "profile"):
+            assert getattr(config, section) == getattr(command, section)
