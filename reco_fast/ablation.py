@@ -42,6 +42,9 @@ TITLES = {
 }
 
 
+RESULT = {"method", "lr", "budget", "epochs", "seed", "seconds", "knn_top1", "linear_top1", "run"}
+
+
 @dataclass(frozen=True)
 class AblationOptions:
     dir: Path = Path("runs/ablation")
@@ -132,8 +135,7 @@ def ablate(preset: str, command: AblationConfig) -> int:
                     print(f"stopped; the same command goes on in {folder}", flush=True)
                     return 0
                 results.append({**dataclasses.asdict(variant), "seed": seed, **outcome, "run": variant.name(seed)})
-                with open(folder / "ablation.jsonl", "a", encoding="utf-8") as file:
-                    file.write(json.dumps(results[-1]) + "\n")
+                write_text(folder / "ablation.jsonl", "".join(json.dumps(line) + "\n" for line in results))
                 write_text(folder / "ablation.md", table(results))
     print(table(results), end="")
     draw_curves(folder, results)
@@ -182,9 +184,15 @@ def judged(config: Config) -> dict[str, Any] | None:
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """The lines that a stopped ablation left, without one that a kill cut short."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}\n")]
+    """What a stopped ablation has finished. Raises ConfigError where the file is not one of ours."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        results = [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise ConfigError(f"{path}: expected a JSON object a line, got {error}") from None
+    if not all(isinstance(line, dict) and set(line) >= RESULT for line in results):
+        raise ConfigError(f"{path}: expected a JSON object a line with {', '.join(sorted(RESULT))}")
+    return results
 
 
 def table(results: list[dict[str, Any]]) -> str:

@@ -63,7 +63,7 @@ def test_a_killed_ablation_goes_on_with_the_run_that_it_was_in(images: Path, tmp
     whole = ablate(images, tmp_path / "whole", *flags)
     ablate(images, tmp_path / "killed", *flags)
     results = tmp_path / "killed" / "ablation.jsonl"
-    results.write_text(results.read_text().splitlines()[0] + '\n{"method": "glo')  # as a kill leaves it
+    results.write_text(results.read_text().splitlines(keepends=True)[0])  # killed before the second was judged
     again = ablate(images, tmp_path / "killed", *flags)
     for line in (*whole, *again):
         del line["seconds"]
@@ -75,6 +75,13 @@ def test_other_settings_are_not_mixed_into_a_table(images: Path, tmp_path: Path)
     ablate(images, tmp_path, *flags)
     with pytest.raises(ConfigError, match=r"--ablation\.dir: .* --loss\.temperature is 0\.2 there and 0\.5 now"):
         ablate(images, tmp_path, *flags, "--loss.temperature", 0.5)
+
+
+def test_a_foreign_file_is_refused(images: Path, tmp_path: Path) -> None:
+    for text in ("{", "[1]", '{"method": "moco"}'):
+        (tmp_path / "ablation.jsonl").write_text(text + "\n")
+        with pytest.raises(ConfigError, match=r"ablation\.jsonl: expected a JSON object a line"):
+            ablate(images, tmp_path)
 
 
 def test_the_budget_of_seconds_gives_faster_methods_more_epochs() -> None:
