@@ -11,7 +11,7 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -52,8 +52,8 @@ class AblationOptions:
     methods: tuple[str, ...] = tuple(METHODS)
     """Which of moco, global, local-cutmix, local-mixup, both."""
     seeds: tuple[int, ...] = (0, 1)
-    lr: tuple[float, ...] = ()
-    """Rates to give every method; unless said, --optim.lr alone. A method's best is on seed means."""
+    moco_lr: float | None = None
+    """Rate of MoCo; unless said, --optim.lr. The relations add to the gradient, so alone it may want a higher one."""
     same_seconds: bool = True
     """Once more with as many epochs for each method as take as long as the slowest."""
 
@@ -119,11 +119,13 @@ def ablate(preset: str, command: AblationConfig) -> int:
         raise ConfigError("--data.val-path: expected labelled images to compare with, got nothing")
     folder = options.dir
     folder.mkdir(parents=True, exist_ok=True)
-    rates = options.lr or (base.optim.lr,)
+    rates = dict.fromkeys(options.methods, base.optim.lr)
+    if options.moco_lr is not None:
+        rates["moco"] = options.moco_lr
     results = read_results(folder / "ablation.jsonl")
     for budget in ("epochs", "seconds") if options.same_seconds else ("epochs",):
         for seed in options.seeds:  # seed by seed, so that a stopped ablation has whole comparisons
-            for variant in variants(budget, options.methods, rates, base.train.epochs, results):
+            for variant in variants(budget, rates, base.train.epochs, results):
                 config = variant.config(base, seed, folder)
                 if any(line["run"] == variant.name(seed) for line in results):
                     check_same_settings(config)
@@ -142,20 +144,18 @@ def ablate(preset: str, command: AblationConfig) -> int:
     return 0
 
 
-def variants(
-    budget: str, methods: tuple[str, ...], rates: tuple[float, ...], epochs: int, results: list[dict[str, Any]]
-) -> Iterator[Variant]:
+def variants(budget: str, rates: Mapping[str, float], epochs: int, results: list[dict[str, Any]]) -> Iterator[Variant]:
     """What to run for one seed. The budget of seconds needs the runs of the budget of epochs to know speeds."""
+    if budget == "epochs":
+        yield from (Variant(method, lr, budget, epochs) for method, lr in rates.items())
+        return
     seconds = {
         method: statistics.median(r["seconds"] for r in results if r["method"] == method and r["budget"] == "epochs")
-        for method in methods
-        if budget == "seconds"
+        for method in rates
     }
-    for method in methods:
-        longer = epochs if budget == "epochs" else round(epochs * max(seconds.values()) / seconds[method])
-        if budget == "seconds" and longer <= epochs:
-            continue  # the slowest has its line already
-        for lr in rates:
+    for method, lr in rates.items():
+        longer = round(epochs * max(seconds.values()) / seconds[method])
+        if longer > epochs:  # the slowest has its line already
             yield Variant(method, lr, budget, longer)
 
 
@@ -235,7 +235,7 @@ def draw_curves(folder: Path, results: list[dict[str, Any]]) -> None:
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained", sharey=True)
     for panel, budget in zip(panels, ("epochs", "seconds"), strict=True):
         for method in METHODS:
-            lines = best_rate([r for r in results if r["method"] == method and shown(r, budget, results)])
+            lines = [line for line in results if line["method"] == method and shown(line, budget, results)]
             if not lines:
                 continue
             curves = [curve(folder / line["run"] / "metrics.jsonl") for line in lines]
@@ -261,12 +261,6 @@ def shown(line: dict[str, Any], budget: str, results: list[dict[str, Any]]) -> b
     if line["budget"] == budget:
         return True
     return budget == "seconds" and not any(r["method"] == line["method"] and r["budget"] == budget for r in results)
-
-
-def best_rate(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines of the rate with the highest mean kNN."""
-    rates = {line["lr"]: [r for r in lines if r["lr"] == line["lr"]] for line in lines}
-    return max(rates.values(), key=lambda group: statistics.mean(r["knn_top1"] for r in group), default=[])
 
 
 def curve(path: Path) -> list[tuple[float, float]]:
