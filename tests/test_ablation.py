@@ -1,6 +1,7 @@
 """The ablation: the right runs, one line each, going on where it stopped, and an honest table."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from reco_fast.config import ConfigError
 
 SMALL = (
     "--model.arch timm/test_resnet --model.stem standard --model.bank-size 32 --model.projection-dim 16 "
-    "--model.key-norm batch --loss.ramp 0 --train.batch-size 16 --train.device cpu --train.epochs 1 --data.loader torch"
+    "--model.key-norm batch --loss.ramp 0 --train.batch-size 16 --train.device cpu --train.epochs 1"
 ).split()
 
 
@@ -38,44 +39,58 @@ def ablate(images: Path, folder: Path, *arguments: object) -> list[dict[str, Any
     return [json.loads(line) for line in (folder / "ablation.jsonl").read_text().splitlines()]
 
 
-def test_each_method_is_trained_once_and_reported(
-    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flags = ("--ablation.no-same-seconds", "--ablation.seeds", 3, "--ablation.methods", "moco", "both")
-    flags += ("--ablation.moco-lr", 0.06)
-    lines = ablate(images, tmp_path, *flags)
-    assert [(line["method"], line["seed"], line["epochs"]) for line in lines] == [("moco", 3, 1), ("both", 3, 1)]
+FLAGS = ("--ablation.no-same-seconds", "--ablation.seeds", 3, "--ablation.methods", "moco", "both")
+
+
+@pytest.fixture(scope="module")
+def done(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("done")
+    ablate(images, folder, *FLAGS, "--ablation.moco-lr", 0.06)
+    return folder
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "ablation.jsonl").read_text().splitlines()]
+
+
+def test_each_method_is_trained_and_reported(done: Path) -> None:
+    lines = results(done)
+    assert [(line["method"], line["lr"], line["seed"]) for line in lines] == [("moco", 0.06, 3), ("both", 0.03, 3)]
     for line in lines:
         assert 0 <= line["knn_top1"] <= 100
         assert 0 <= line["linear_top1"] <= 100
-        settings = json.loads((tmp_path / line["run"] / "config.json").read_text())
+        settings = json.loads((done / line["run"] / "config.json").read_text())
         assert settings["train"]["seed"] == 3
+        assert settings["optim"]["lr"] == line["lr"]
         assert settings["loss"]["objective"] == ("moco" if line["method"] == "moco" else "reco")
-    shown = capsys.readouterr().out
-    assert "| MoCo v2 | 0.06 | 1 |" in shown
-    assert (tmp_path / "ablation.png").stat().st_size > 1000
+    rows = (done / "ablation.md").read_text().splitlines()[2:]
+    assert [row.split("|")[1].strip() for row in rows] == ["MoCo v2", "+ both (ReCo)"]
+    assert (done / "ablation.png").stat().st_size > 1000
 
+
+def test_what_is_done_is_not_trained_again(
+    images: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(done, tmp_path / "copy"))
+    lines = results(folder)
     monkeypatch.setattr(ablation, "train", lambda *_: pytest.fail("trained again"))
-    assert ablate(images, tmp_path, *flags) == lines
+    assert ablate(images, folder, *FLAGS, "--ablation.moco-lr", 0.06) == lines
+    with pytest.raises(ConfigError, match=r"--ablation\.dir: .* --loss\.temperature is 0\.2 there and 0\.5 now"):
+        ablate(images, folder, *FLAGS, "--ablation.moco-lr", 0.06, "--loss.temperature", 0.5)
 
 
-def test_a_killed_ablation_goes_on_with_the_run_that_it_was_in(images: Path, tmp_path: Path) -> None:
-    flags = ("--ablation.no-same-seconds", "--ablation.seeds", 0, "--ablation.methods", "moco", "global")
-    whole = ablate(images, tmp_path / "whole", *flags)
-    ablate(images, tmp_path / "killed", *flags)
-    results = tmp_path / "killed" / "ablation.jsonl"
-    results.write_text(results.read_text().splitlines(keepends=True)[0])  # killed before the second was judged
-    again = ablate(images, tmp_path / "killed", *flags)
+def test_a_killed_ablation_goes_on_with_the_run_that_it_was_in(images: Path, done: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for name in ("ablation.jsonl", "moco-lr0.06-1epochs-seed3"):
+        path = done / name
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / name)
+    whole = results(folder)
+    (folder / "ablation.jsonl").write_text(json.dumps(whole[0]) + "\n")
+    again = ablate(images, folder, *FLAGS, "--ablation.moco-lr", 0.06)
     for line in (*whole, *again):
         del line["seconds"]
     assert again == whole
-
-
-def test_other_settings_are_not_mixed_into_a_table(images: Path, tmp_path: Path) -> None:
-    flags = ("--ablation.no-same-seconds", "--ablation.seeds", 0, "--ablation.methods", "moco")
-    ablate(images, tmp_path, *flags)
-    with pytest.raises(ConfigError, match=r"--ablation\.dir: .* --loss\.temperature is 0\.2 there and 0\.5 now"):
-        ablate(images, tmp_path, *flags, "--loss.temperature", 0.5)
 
 
 def test_a_foreign_file_is_refused(images: Path, tmp_path: Path) -> None:
