@@ -186,7 +186,9 @@ def _attend(x: Tensor, bank: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     rows = x.shape[1]
     width = x.shape[2]
     pad = -width % 8  # the CUDA kernels want rows of whole 16-byte words
-    x, bank = F.pad(x, (0, pad))[:, None], F.pad(bank, (0, pad))[:, None]
+    if pad:  # a pad by nothing would copy the bank
+        x, bank = F.pad(x, (0, pad)), F.pad(bank, (0, pad))
+    x, bank = x[:, None], bank[:, None]
     if x.device.type != "cuda":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(x, bank, bank, scale=scale)
     elif x.dtype == torch.float32:

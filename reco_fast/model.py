@@ -139,7 +139,9 @@ def teacher_forward(
     if key_norm == "shuffle":
         assert shuffle is not None
         mine = shuffle.view(distributed.world_size(), -1)[distributed.rank()]
-        keys = distributed.all_gather(teacher(distributed.all_gather(images)[mine]))
+        # As [n, H, W, 3], since a collective wants its rows contiguous, and channels-last images are so only then.
+        whole = distributed.all_gather(images.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        keys = distributed.all_gather(teacher(whole[mine]))
         keys = torch.empty_like(keys).index_copy_(0, shuffle, keys)
         return keys.view(distributed.world_size(), len(images), -1)[distributed.rank()]
     return teacher(images)

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import os
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -83,7 +84,9 @@ def build_state(config: Config, device: torch.device) -> TrainState:
     run_student = Passes(run_student)
     if distributed.world_size() > 1:
         # Batch-norm averages stay local (rank 0's are saved); banks and teacher are not inside and never broadcast.
-        run_student = DistributedDataParallel(run_student, broadcast_buffers=False, gradient_as_bucket_view=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of its new name, which PyTorch 2.11 does not know
+            run_student = DistributedDataParallel(run_student, broadcast_buffers=False, gradient_as_bucket_view=True)
     return TrainState(
         student=student,
         teacher=teacher,

@@ -85,3 +85,18 @@ def test_split_normalises_each_shuffled_group_by_itself_and_keeps_the_order() ->
     for group in shuffle.chunk(3):
         torch.testing.assert_close(keys[group], teacher(images[group]))
     assert not torch.allclose(keys, teacher(images), atol=1e-3)
+
+
+def test_images_shuffled_between_ranks_are_sent_and_stay_channels_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_two_equal_ranks(rows: torch.Tensor) -> torch.Tensor:
+        assert rows.is_contiguous()
+        return torch.cat([rows, rows])
+
+    def teacher(images: torch.Tensor) -> torch.Tensor:
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        return images.mean(dim=(2, 3))
+
+    monkeypatch.setattr("reco_fast.distributed.world_size", lambda: 2)
+    monkeypatch.setattr("reco_fast.distributed.all_gather", of_two_equal_ranks)
+    images = torch.randn(4, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    assert teacher_forward(teacher, images, "shuffle", 0, torch.randperm(8)).shape == (4, 3)

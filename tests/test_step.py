@@ -1,18 +1,23 @@
 """The step: what it computes, and that ranks agree."""
 
 import dataclasses
+import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+import torch.distributed as dist
+from dispatch import WAITS, Recorder
+from torch.nn.parallel import DistributedDataParallel
 
-from reco_fast.config import Config, LossConfig, ModelConfig, TrainConfig
+from reco_fast import train
+from reco_fast.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig
 from reco_fast.state import build_state
 from reco_fast.step import METRICS, Draws, Schedule, draw, mix_pixels, mix_weights, scheduled, train_step
 
@@ -134,23 +139,164 @@ def test_mixed_precision_trains(precision: str) -> None:
     assert not torch.equal(first, last)
 
 
-def test_nothing_in_a_step_waits_for_the_device() -> None:
-    """`.item()`, `int(tensor)`, `if tensor` and data-dependent shapes all reach one of these operators."""
-    waits = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")
+class Waits:
+    """What waits for the device between log lines of a run: from each step on to the next averages or evaluation."""
 
-    class Recorder(TorchDispatchMode):
-        seen: ClassVar[list[str]] = []
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.found: list[str] = []
+        self.steps = 0
+        self.watching = False
+        self.recorder = Recorder(lambda name, *_: self.found.append(name) if self.watching and name in WAITS else None)
+        step, averages = train.train_step, train.averages
+        monkeypatch.setattr(train, "train_step", lambda *given: self.watch(True, step, *given))
+        monkeypatch.setattr(train, "averages", lambda *given: self.watch(False, averages, *given))
 
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            self.seen.append(func._schema.name.removeprefix("aten::"))
-            return func(*args, **(kwargs or {}))
+    def watch(self, on: bool, function: Callable[..., Any], *given: Any) -> Any:
+        self.watching = on
+        self.steps += on
+        if torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode("error" if on and self.steps > 3 else "default")  # compilation may wait
+        return function(*given)
 
-    state = build_state(CONFIG, CPU)
-    given, draws = views(0), draw(0, 16, CONFIG, CPU)
-    with Recorder():
-        train_step(state, CONFIG, given, draws, scheduled(0, 10, CONFIG))
-    assert "index_copy_" in Recorder.seen
-    assert not [name for name in Recorder.seen if name in waits]
+
+@pytest.mark.parametrize(("device", "loader"), [("cpu", "torch"), ("cuda", "torch"), ("cuda", "dali")])
+def test_nothing_waits_for_the_device_between_log_lines(
+    cifar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, loader: str
+) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali")
+    waits = Waits(monkeypatch)
+    small = "cifar10 --model.arch timm/test_resnet --model.bank-size 64 --train.batch-size 16 --model.norm-groups 2"
+    often = "--train.max-steps 8 --run.log-every 4 --run.checkpoint-minutes 1000 --data.workers 1"
+    where = f"--data.path {cifar} --run.dir {tmp_path / 'run'} --train.device {device} --data.loader {loader}"
+    with waits.recorder:
+        assert train.train(*train.parse(f"{small} {often} {where}".split())) == 0
+    assert waits.steps == 8
+    assert "index_copy_" in waits.recorder.seen
+    assert "_local_scalar_dense" in waits.recorder.seen  # the log lines themselves
+    assert waits.found == []
+
+
+class Layouts:
+    """Activations [n, C > 1, H > 1, W > 1] in another layout than channels-last, by the operator that left them so,
+    and convolutions of anything else. `rows` are the sizes of a batch and its groups, no number of channels."""
+
+    def __init__(self, *rows: int) -> None:
+        self.rows = rows
+        self.broken: list[tuple[str, tuple[int, ...]]] = []
+        self.convolutions = 0
+        self.recorder = Recorder(self.look)
+
+    def look(self, name: str, given: list[Any], results: list[Any]) -> None:
+        convolves = name.startswith("convolution")
+        self.convolutions += convolves
+        for position, tensor in enumerate([*results, *(given if convolves else ())]):
+            if not isinstance(tensor, torch.Tensor) or tensor.dim() != 4 or min(tensor.shape[1:]) == 1:
+                continue
+            # The pixel mix looks at its images as [n, H, W, 3]: a view, not a layout.
+            activation = len(tensor) in self.rows and tensor.shape[3] != 3
+            matters = activation or (convolves and position >= len(results))
+            if matters and not tensor.is_contiguous(memory_format=torch.channels_last):
+                self.broken.append((name, tuple(tensor.shape)))
+
+
+# The gradient of global mean pooling is a broadcast of one number a channel, which has no layout yet; the ReLU's
+# backward pass, the next operator, writes channels-last.
+POOLED = {("expand", shape) for shape in ((6, 512, 4, 4), (6, 2048, 2, 2))}
+POOLED |= {("div", shape) for _, shape in POOLED}
+
+
+@pytest.mark.parametrize(
+    ("arch", "size", "precision", "key_norm", "layout"),
+    [
+        ("resnet18", 32, "fp32", "split", torch.channels_last),
+        ("resnet18", 32, "bf16", "batch", torch.channels_last),
+        ("resnet50", 64, "bf16", "split", torch.channels_last),
+        ("resnet18", 32, "fp32", "split", torch.contiguous_format),
+    ],
+)
+def test_activations_weights_and_gradients_stay_channels_last(
+    arch: str, size: int, precision: str, key_norm: str, layout: torch.memory_format
+) -> None:
+    """A whole step; with views in the other layout the walk must find that it is not so."""
+    config = Config(
+        data=DataConfig(image_size=size),
+        model=ModelConfig(arch=arch, stem="small" if size == 32 else "standard", key_norm=key_norm, norm_groups=2),
+        train=TrainConfig(batch_size=6, precision=precision),
+    )
+    state = build_state(config, CPU)
+    given = tuple(torch.randn(6, 3, size, size).contiguous(memory_format=layout) for _ in range(3))
+    layouts = Layouts(6, 3)
+    with layouts.recorder:
+        train_step(state, config, given, draw(0, 6, config, CPU), Schedule(0.1, 1.0))
+    teacher_passes = 2 * (2 if key_norm == "split" else 1)
+    count = sum(isinstance(module, torch.nn.Conv2d) for module in state.student.modules())
+    assert layouts.convolutions == count * (2 + 2 + teacher_passes)  # two passes forward and back
+    if layout is torch.channels_last:
+        assert set(layouts.broken) <= POOLED
+    else:
+        assert len(set(layouts.broken) - POOLED) > 2
+
+
+def test_a_step_makes_no_copy_of_a_bank_and_few_passes_over_the_weights() -> None:
+    config = dataclasses.replace(CONFIG, loss=LossConfig(impl="sdpa"))
+    state = build_state(config, CPU)
+    state.teacher.register_forward_hook(
+        lambda _, __, keys: teacher.append((torch.is_grad_enabled(), keys.requires_grad))
+    )
+    teacher: list[tuple[bool, bool]] = []
+    banks = {state.bank.keys.data_ptr(), state.bank.weak_keys.data_ptr()}
+    copies = []
+
+    def look(name: str, _: list[Any], results: list[Any]) -> None:
+        like_a_bank = (t for t in results if isinstance(t, torch.Tensor) and t.shape[-2:] == (64, 16))
+        copies.extend(name for tensor in like_a_bank if tensor.data_ptr() not in banks)
+
+    recorder = Recorder(look)
+    given, draws = views(0), draw(0, 16, config, CPU)
+    with recorder:
+        train_step(state, config, given, draws, scheduled(0, 10, config))
+    assert copies == []
+    assert recorder.seen.count("_fused_sgd_") == 2  # weights with decay and without
+    assert recorder.seen.count("_foreach_lerp_") == 1
+    assert teacher == [(False, False)] * 2
+
+
+def test_ranks_send_each_other_gradients_and_keys_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No broadcast of batch-norm buffers, the teacher or the banks in a step."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        with monkeypatch.context() as several:
+            several.setattr("reco_fast.distributed.world_size", lambda: 2)
+            state = build_state(CONFIG, CPU)
+        assert isinstance(state.run_student, DistributedDataParallel)
+        given, draws = views(0), draw(0, 16, CONFIG, CPU)
+        with torch.profiler.profile() as profile:
+            train_step(state, CONFIG, given, draws, scheduled(0, 10, CONFIG))
+        names = {event.name for event in profile.events() or ()}
+        assert any("allreduce" in name for name in names)
+        assert not [name for name in names if "broadcast" in name and "c10d" in name]
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("key_norm", ["split", "shuffle"])
+def test_draws_differ_from_rank_to_rank_but_for_the_shuffle_of_all(
+    key_norm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By global rank: nothing repeats on the next node, whose local ranks are the same."""
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, key_norm=key_norm))
+    drawn = []
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    for rank in range(3):
+        monkeypatch.setattr("reco_fast.distributed.rank", lambda rank=rank: rank)
+        drawn.append(draw(0, 16, config, CPU)[0])
+    for one, other in itertools.combinations(drawn, 2):
+        assert not torch.equal(one.permutation, other.permutation)
+        assert not torch.equal(one.mix_weights, other.mix_weights)
+        assert torch.equal(one.shuffle, other.shuffle) == (key_norm == "shuffle")
 
 
 WORKER = """

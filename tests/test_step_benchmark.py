@@ -1,16 +1,12 @@
 """The whole step beside a plain one: they compute the same, the benchmark says which is faster, and why it can be."""
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from reco_fast.config import Config, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from reco_fast.profiling import benchmark
@@ -119,56 +115,3 @@ def test_mistakes_name_the_flag(
     with pytest.raises(benchmark.ConfigError, match=flag):
         run(monkeypatch, "--output", tmp_path / "out", *arguments)
     assert not (tmp_path / "out").exists()
-
-
-# The gradient of global mean pooling is a broadcast of one number a channel, which has no layout yet; the ReLU's
-# backward pass, the next operator, writes channels-last.
-WITHOUT_LAYOUT = {"aten::expand", "aten::div"}
-
-
-class LayoutRecorder(TorchDispatchMode):
-    """Operators that leave an activation [rows, C > 1, H > 1, W > 1] in another layout than channels-last."""
-
-    broken: ClassVar[list[tuple[str, tuple[int, ...]]]] = []
-    seen: ClassVar[int] = 0
-
-    def __init__(self, rows: int) -> None:
-        super().__init__()
-        self.rows = rows
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if not isinstance(tensor, Tensor) or tensor.dim() != 4 or len(tensor) != self.rows:
-                continue
-            # The pixel mix looks at its images as [n, H, W, 3]: a view, not a layout.
-            if min(tensor.shape[1:]) > 1 and tensor.shape[3] != 3:
-                type(self).seen += 1
-                if not tensor.is_contiguous(memory_format=torch.channels_last):
-                    self.broken.append((func._schema.name, tuple(tensor.shape)))
-        return result
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("first_layout", [torch.channels_last, torch.contiguous_format])
-def test_activations_and_their_gradients_stay_channels_last(precision: str, first_layout: torch.memory_format) -> None:
-    """A whole step of a torchvision ResNet-18. With views in the other layout the walk must find that it is not so."""
-    rows = 6  # no number of channels
-    config = dataclasses.replace(
-        CONFIG,
-        model=dataclasses.replace(CONFIG.model, arch="resnet18"),
-        train=TrainConfig(batch_size=rows, precision=precision),
-    )
-    state = build_state(config, CPU)
-    given = tuple(view.contiguous(memory_format=first_layout) for view in views(rows))
-    draws = draw(0, rows, config, CPU)
-    LayoutRecorder.broken, LayoutRecorder.seen = [], 0
-    with LayoutRecorder(rows):
-        train_step(state, config, given, draws, Schedule(lr=0.1, relation_weight=1.0))
-    assert LayoutRecorder.seen > 300  # four passes of 20 convolutions with norms and activations, two of them back
-    if first_layout is torch.channels_last:
-        # resnet18 ends at 4 × 4 for 32 px, in both student passes.
-        pooled = (rows, 512, 4, 4)
-        assert [found for found in LayoutRecorder.broken if found[0] not in WITHOUT_LAYOUT or found[1] != pooled] == []
-    else:
-        assert len(LayoutRecorder.broken) > 4
