@@ -72,8 +72,8 @@ def tensors(state: TrainState) -> dict[str, Tensor]:
     ("optimizer", "key_norm", "scaled", "train"),
     [
         ("sgd", "batch", False, {"precision": "fp32"}),
-        ("lars", "split", False, {"precision": "bf16", "accumulate": 2}),
-        ("sgd", "ema", True, {"precision": "fp32"}),
+        ("sgd", "split", False, {"precision": "bf16", "accumulate": 2}),
+        ("lars", "ema", True, {"precision": "fp32"}),
     ],
 )
 def test_operators_run_again_are_the_next_steps_bit_for_bit(
