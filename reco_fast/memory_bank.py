@@ -28,15 +28,18 @@ class MemoryBank(nn.Module):
         return self.keys[(self.position - 1 - torch.arange(count, device=self.keys.device)) % len(self.keys)]
 
     @torch.no_grad()
-    def enqueue(self, keys: Tensor, weak_keys: Tensor | None = None) -> None:
+    def enqueue(self, keys: Tensor, weak_keys: Tensor | None = None, *, skipped: Tensor | None = None) -> None:
         """Overwrite the oldest rows by unit rows [n, D], any n. Of more than K rows the last K stay.
 
-        Without `weak_keys` that bank keeps its rows (nothing reads it then).
+        Without `weak_keys` that bank keeps its rows (nothing reads it then). Where `skipped`, 0-d, is not 0, nothing
+        changes.
         """
         size, count = len(self.keys), len(keys)
-        skipped = max(0, count - size)
-        where = (self.position + torch.arange(skipped, count, device=keys.device)) % size
-        self.keys.index_copy_(0, where, keys[skipped:].to(self.keys.dtype))
-        if weak_keys is not None:
-            self.weak_keys.index_copy_(0, where, weak_keys[skipped:].to(self.weak_keys.dtype))
-        self.position.add_(count).remainder_(size)
+        dropped = max(0, count - size)
+        where = (self.position + torch.arange(dropped, count, device=keys.device)) % size
+        for bank, rows in ((self.keys, keys), (self.weak_keys, weak_keys)):
+            if rows is not None:
+                rows = rows[dropped:].to(bank.dtype)
+                bank.index_copy_(0, where, rows if skipped is None else torch.where(skipped != 0, bank[where], rows))
+        moved = count if skipped is None else count * (skipped == 0)
+        self.position.add_(moved).remainder_(size)

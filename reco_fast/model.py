@@ -109,7 +109,8 @@ def follow_mode(teacher: nn.Module, key_norm: str) -> nn.Module:
 class TeacherUpdate:
     """`teacher ← m·teacher + (1−m)·student` for all parameters in a few multi-tensor kernels (MoCo, eq. 2).
 
-    With `key_norm="ema"` the batch norms' moving averages follow in the same way (Cai et al., arXiv 2101.07525).
+    `skipped` (0-d float32 on the device): where it is 1, the teacher stays as it is. With `key_norm="ema"` the batch
+    norms' moving averages follow in the same way (Cai et al., arXiv 2101.07525).
     """
 
     def __init__(self, teacher: nn.Module, student: nn.Module, key_norm: str) -> None:
@@ -120,8 +121,42 @@ class TeacherUpdate:
             self.student += [b for b in student.buffers() if b.is_floating_point()]
 
     @torch.no_grad()
-    def __call__(self, momentum: float) -> None:
-        torch._foreach_lerp_(self.teacher, self.student, 1 - momentum)
+    def __call__(self, momentum: float, skipped: Tensor | None = None) -> None:
+        # A step of SGD along (student − teacher): of the multi-tensor kernels, the one that a flag on the device stops.
+        torch._fused_sgd_(
+            self.teacher,
+            self.student,
+            [],
+            weight_decay=1.0,
+            momentum=0.0,
+            lr=1 - momentum,
+            dampening=0.0,
+            nesterov=False,
+            maximize=True,
+            is_first_step=False,
+            found_inf=skipped,
+        )
+
+
+class NormBuffers:
+    """The running averages of all batch norms in `modules`, which a forward pass changes before it is known whether
+    its gradient is finite. A few kernels whatever the number of layers, and nothing waits for the device."""
+
+    def __init__(self, *modules: nn.Module) -> None:
+        norms = [m for module in modules for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        buffers = [buffer for norm in norms for buffer in norm.buffers()]
+        self._by_dtype = [[b for b in buffers if b.dtype == dtype] for dtype in {b.dtype for b in buffers}]
+
+    def copy(self) -> list[Tensor]:
+        """The values, one flat tensor a dtype."""
+        return [torch.cat([buffer.reshape(-1) for buffer in group]) for group in self._by_dtype]
+
+    @torch.no_grad()
+    def restore(self, values: list[Tensor], where: Tensor) -> None:
+        """Back to `values` where the 0-d tensor `where` is not 0."""
+        for group, before, now in zip(self._by_dtype, values, self.copy(), strict=True):
+            kept = torch.where(where != 0, before, now).split([buffer.numel() for buffer in group])
+            torch._foreach_copy_(group, [part.view_as(buffer) for part, buffer in zip(kept, group, strict=True)])
 
 
 def teacher_forward(

@@ -14,7 +14,7 @@ from reco_fast import distributed
 from reco_fast.config import Config, ConfigError
 from reco_fast.cuda_graph import CudaBackend, Graphed
 from reco_fast.memory_bank import MemoryBank
-from reco_fast.model import Encoder, Passes, TeacherUpdate, build_encoder, follow_mode
+from reco_fast.model import Encoder, NormBuffers, Passes, TeacherUpdate, build_encoder, follow_mode
 from reco_fast.optim import build_optimizer
 
 
@@ -34,6 +34,7 @@ class TrainState:
     run_student: nn.Module
     run_teacher: nn.Module
     update_teacher: TeacherUpdate
+    norm_buffers: NormBuffers
     device: torch.device
     precision: torch.dtype
     relation_weight: Tensor
@@ -96,6 +97,7 @@ def build_state(config: Config, device: torch.device) -> TrainState:
         run_student=run_student,
         run_teacher=run_teacher,
         update_teacher=TeacherUpdate(teacher, student, config.model.key_norm),
+        norm_buffers=NormBuffers(student, teacher),
         device=device,
         precision=precision,
         relation_weight=torch.ones((), device=device),

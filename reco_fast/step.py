@@ -112,7 +112,8 @@ def train_step(
 ) -> Tensor:
     """One optimizer step on this rank's views (two strong ones, and a weak one if the global relation is on).
 
-    Where a gradient is not finite, weights and momentum stay, alike on all ranks, and the step counts as skipped.
+    Where a gradient is not finite, the step counts as skipped: student, teacher, momentum and banks stay bit for bit as
+    they were, alike on all ranks.
     Returns `METRICS` [len(METRICS)] float32 on the device, zeros but for the last in a skipped step; nothing waits
     for the device.
     """
@@ -129,6 +130,7 @@ def _compute(state: TrainState, config: Config, views: tuple[Tensor, ...], draws
     """All of a step that happens on the device, as a function of tensors alone: a CUDA graph can repeat it."""
     parts = len(draws)
     metrics, keys = [], []
+    norms_before = state.norm_buffers.copy()
     for part, drawn in enumerate(draws):
         part_views = tuple(view.chunk(parts)[part] for view in views)
         last = part == parts - 1
@@ -139,10 +141,12 @@ def _compute(state: TrainState, config: Config, views: tuple[Tensor, ...], draws
         keys.append(part_keys)
     with region("optimizer"):
         skipped = _apply_gradients(state)
+        state.norm_buffers.restore(norms_before, where=skipped)
     with region("moving_average"):
-        state.update_teacher(config.model.teacher_momentum)
+        state.update_teacher(config.model.teacher_momentum, skipped)
     with region("enqueue"):
-        state.bank.enqueue(*(distributed.all_gather(_clean_rows(part)) for part in zip(*keys, strict=True)))
+        rows = (distributed.all_gather(_clean_rows(part)) for part in zip(*keys, strict=True))
+        state.bank.enqueue(*rows, skipped=skipped)
     return torch.cat([torch.where(skipped > 0, 0.0, torch.stack(metrics).mean(dim=0)), skipped[None]])
 
 
@@ -152,7 +156,8 @@ def _apply_gradients(state: TrainState) -> Tensor:
     Gradients are averages over ranks by now, so all ranks decide alike.
     """
     gradients = [p.grad for p in state.student.parameters() if p.grad is not None]
-    skipped = 1 - torch.stack(torch._foreach_norm(gradients)).sum().isfinite().float()
+    # The largest magnitudes: finite exactly where the scaler, too, finds all finite.
+    skipped = 1 - torch.stack(torch._foreach_norm(gradients, float("inf"))).isfinite().all().float()
     if not state.scaler.is_enabled():  # the scaler does the same by itself
         state.optimizer.found_inf = skipped  # type: ignore[attr-defined]
     state.scaler.step(state.optimizer)

@@ -139,6 +139,47 @@ def test_mixed_precision_trains(precision: str) -> None:
     assert not torch.equal(first, last)
 
 
+@pytest.mark.parametrize(
+    ("key_norm", "precision", "rows", "view"),
+    [("ema", "fp32", 8, 0), ("split", "fp32", 16, 1), ("batch", "fp32", 8, 2), ("batch", "fp16", 2, 1)],
+)
+def test_a_skipped_step_leaves_no_trace(key_norm: str, precision: str, rows: int, view: int) -> None:
+    objective = "moco" if precision == "fp16" else "reco"  # fp16 takes seconds a pass on a CPU
+    config = dataclasses.replace(
+        CONFIG,
+        model=dataclasses.replace(CONFIG.model, key_norm=key_norm),
+        loss=LossConfig(objective=objective),
+        train=TrainConfig(batch_size=rows, precision=precision),
+    )
+    state = build_state(config, CPU)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=precision == "fp16")
+
+    def everything() -> dict[str, torch.Tensor]:
+        modules = {"student": state.student, "teacher": state.teacher, "bank": state.bank}
+        found = {f"{name}.{key}": v for name, m in modules.items() for key, v in m.state_dict().items()}
+        for number, values in enumerate(state.optimizer.state.values()):
+            found[f"momentum.{number}"] = values["momentum_buffer"]
+        return {name: value.clone() for name, value in found.items()}
+
+    def step(given: tuple[torch.Tensor, ...]) -> float:
+        given = given[:2] if objective == "moco" else given
+        draws, schedule = draw(state.step, rows, config, CPU), scheduled(state.step, 10, config)
+        metrics = train_step(state, config, given, draws, schedule)
+        return dict(zip(METRICS, metrics.tolist(), strict=True))["skipped_steps"]
+
+    assert step(views(0, rows)) == 0
+    before = everything()
+    bad = views(1, rows)
+    bad[view][1, 1, 4, 5] = float("inf")
+    assert step(bad) == 1
+    for name, value in everything().items():
+        assert torch.equal(value, before[name]), name
+    assert step(views(2, rows)) == 0
+    changed = {name for name, value in everything().items() if not torch.equal(value, before[name])}
+    assert {"bank.position", "student.backbone.bn1.num_batches_tracked"} <= changed
+    assert {name.partition(".")[0] for name in changed} == {"student", "teacher", "bank", "momentum"}
+
+
 class Waits:
     """What waits for the device between log lines of a run: from each step on to the next averages or evaluation."""
 
