@@ -16,6 +16,7 @@ from torch.utils.dlpack import from_dlpack
 
 from reco_fast.pipelines.augmentations import Recipe, ViewParameters, ViewRecipe, sample_parameters
 from reco_fast.pipelines.images import BadImage, to_ppm
+from reco_fast.pipelines.journal import Journal
 from reco_fast.pipelines.loader import Batch, ImageReader, Loader, OnBadImage, Sample
 from reco_fast.pipelines.order import Order
 from reco_fast.pipelines.sources import DataError, ImageSource
@@ -54,7 +55,7 @@ class DaliLoader(Loader):
         self._order = order
         self._reader = ImageReader(source, on_bad_image, cache_bytes=_CACHE_BYTES)
         self._bad = self._reader.bad
-        self._ahead = _ReadAhead(order, self._reader, first_step, self._prepare)
+        self._ahead = _ReadAhead(order, self._reader, first_step, self._prepare, self._journal)
         self._again: deque[_Prepared] = deque()  # taken from DALI when a batch before it failed
         self._in_flight: deque[_Prepared] = deque()
         self._pipeline: Any = None
@@ -71,6 +72,7 @@ class DaliLoader(Loader):
                 self._recover(error)
                 continue
             prepared = self._in_flight.popleft()
+            self._journal.end()
             views = tuple(from_dlpack(view.as_tensor()).permute(0, 3, 1, 2) for view in outputs)
             return Batch(views, torch.tensor([sample.place for sample in prepared.samples]))
         raise StopIteration
@@ -139,6 +141,7 @@ class DaliLoader(Loader):
     def close(self) -> None:
         self._ahead.close()
         self._drop_pipeline()
+        self._journal.close()
 
     def _drop_pipeline(self) -> None:
         if self._pipeline is not None:
@@ -162,11 +165,15 @@ class _ReadAhead:
         reader: ImageReader,
         first_step: int,
         prepare: Callable[[NDArray[np.int64], list[Sample]], _Prepared],
+        journal: Journal,
     ) -> None:
         self._queue: Queue[_Prepared | BaseException] = Queue(_READ_AHEAD)
         self._closing = threading.Event()
         self._thread = threading.Thread(
-            target=self._read, args=(order, reader, first_step, prepare), name="reco_fast read-ahead", daemon=True
+            target=self._read,
+            args=(order, reader, first_step, prepare, journal),
+            name="reco_fast read-ahead",
+            daemon=True,
         )
         self._thread.start()
 
@@ -192,11 +199,13 @@ class _ReadAhead:
         reader: ImageReader,
         step: int,
         prepare: Callable[[NDArray[np.int64], list[Sample]], _Prepared],
+        journal: Journal,
     ) -> None:
         try:
             with ThreadPoolExecutor(_READERS, thread_name_prefix="reco_fast reader") as pool:
                 while not self.closed and (order.steps is None or step < order.steps):
                     positions, indices = order.batch(step)
+                    journal.begin(indices.tolist())
                     chunks = pool.map(lambda part: [reader.read(i) for i in part.tolist()], _split(indices))
                     self._put(prepare(positions, [sample for chunk in chunks for sample in chunk]))
                     step += 1

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from reco_fast.pipelines.augmentations import Recipe
 from reco_fast.pipelines.images import BadImage, to_plain
+from reco_fast.pipelines.journal import Journal
 from reco_fast.pipelines.order import Order
 from reco_fast.pipelines.sources import DataError, ImageSource
 
-__all__ = ["Batch", "ImageReader", "Loader", "LoaderKind", "OnBadImage", "Sample", "open_loader"]
+__all__ = ["Batch", "ImageReader", "Loader", "LoaderKind", "OnBadImage", "Sample", "open_loader", "resolve"]
 
 LoaderKind = Literal["auto", "dali", "torch"]
 OnBadImage = Literal["skip", "raise"]
@@ -38,7 +39,8 @@ class Loader(ABC):
 
     def __init__(self, source: ImageSource) -> None:
         self._source = source
-        self._bad: dict[int, str] = {}
+        self._bad: dict[int, str] = source.known_bad.copy()
+        self._journal = Journal(source.journal)
 
     @property
     def bad_images(self) -> dict[str, str]:
@@ -83,7 +85,7 @@ class ImageReader:
     def __init__(self, source: ImageSource, on_bad_image: OnBadImage, *, cache_bytes: int = 0) -> None:
         self._source = source
         self._raise = on_bad_image == "raise"
-        self.bad: dict[int, str] = {}
+        self.bad: dict[int, str] = source.known_bad.copy()
         self._cache: dict[int, Sample] = {}
         self._cache_left = cache_bytes
         self._lock = threading.Lock()
@@ -153,21 +155,27 @@ def open_loader(
     """
     if order.length != len(source):
         raise ValueError(f"order: expected one of {len(source)} images as in source, got {order.length}")
-    if source.unreadable and on_bad_image == "raise":
-        name, reason = next(iter(source.unreadable.items()))
-        raise DataError(f"{name}: {reason}")
-    if kind == "auto":
-        kind = "dali" if _has_dali() else "torch"
+    if on_bad_image == "raise":
+        for name, reason in (source.unreadable | {source.names[i]: why for i, why in source.known_bad.items()}).items():
+            raise DataError(f"{name}: {reason}")
+    kind = resolve(kind)
     arguments = (source, recipe, order, torch.device(device), seed, workers, on_bad_image, first_step)
     if kind == "torch":
         from reco_fast.pipelines.torch_loader import TorchLoader
 
         return TorchLoader(*arguments)
-    if not _has_dali():
-        raise DataError("loader dali: expected NVIDIA DALI, it is not installed; pip install 'reco-fast[dali]'")
     from reco_fast.pipelines.dali import DaliLoader
 
     return DaliLoader(*arguments)
+
+
+def resolve(kind: LoaderKind) -> Literal["dali", "torch"]:
+    """ "auto" as what it means here. Raises DataError for "dali" where it is not installed."""
+    if kind == "dali" and not _has_dali():
+        raise DataError("loader dali: expected NVIDIA DALI, it is not installed; pip install 'reco-fast[dali]'")
+    if kind == "auto":
+        return "dali" if _has_dali() else "torch"
+    return kind
 
 
 def _has_dali() -> bool:

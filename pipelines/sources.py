@@ -36,11 +36,20 @@ class ImageSource(Protocol):
     """Class names by number; empty without labels."""
     unreadable: dict[str, str]
     """Folders and shards that could not be listed to their end: name → reason."""
+    known_bad: dict[int, str]
+    """Images that loaders leave out unread: index → reason."""
+    journal: Path | None
+    """Folder in which loaders note what they decode; None for nowhere."""
 
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> bytes:
         """The file's bytes. Raises OSError where they cannot be had."""
+        ...
+
+    def stamp(self, index: int) -> tuple[int, int]:
+        """Size in bytes and time of change in ns, of the shard where the image is in one; (-1, 0) where neither can be
+        had."""
         ...
 
     def fingerprint(self) -> str:
@@ -128,6 +137,8 @@ class FolderSource:
         self.root = os.fspath(root)
         self.names: Sequence[str] = PackedNames(names)
         self.unreadable = unreadable
+        self.known_bad: dict[int, str] = {}
+        self.journal: Path | None = None
         self.labels: NDArray[np.int64] | None = None
         self.classes: list[str] = []
         folders = [name.partition("/")[0] if "/" in name else None for name in names]
@@ -144,19 +155,24 @@ class FolderSource:
         with open(f"{self.root}/{self.names[index]}", "rb", buffering=0) as file:
             return file.read()
 
+    def stamp(self, index: int) -> tuple[int, int]:
+        return _stamp(f"{self.root}/{self.names[index]}")
+
     def fingerprint(self) -> str:
         with ThreadPoolExecutor(16) as pool:  # a network file system answers many questions at once
             sizes = list(pool.map(self._sizes, np.array_split(np.arange(len(self)), 64)))
         return _fingerprint(PackedNames(self.names), np.concatenate(sizes))
 
     def _sizes(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        return np.array([self._size(index) for index in indices.tolist()], np.int64)
+        return np.array([self.stamp(index)[0] for index in indices.tolist()], np.int64)
 
-    def _size(self, index: int) -> int:
-        try:
-            return os.stat(f"{self.root}/{self.names[index]}").st_size
-        except OSError:
-            return -1
+
+def _stamp(path: str) -> tuple[int, int]:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return -1, 0
+    return status.st_size, status.st_mtime_ns
 
 
 def _open_folder(root: Path) -> ImageSource:
@@ -222,6 +238,8 @@ class TarSource:
     def __init__(self, shards: list[Path], root: Path | None = None) -> None:
         self.shards = [os.fspath(shard) for shard in shards]
         self.unreadable: dict[str, str] = {}
+        self.known_bad: dict[int, str] = {}
+        self.journal: Path | None = None
         names: list[str] = []
         labels: list[int | None] = []
         places: list[tuple[int, int]] = []
@@ -258,8 +276,14 @@ class TarSource:
 
     def read(self, index: int) -> bytes:
         offset, size = self._places[index].tolist()
-        with open(self.shards[bisect_right(self._counts, index) - 1], "rb", buffering=0) as file:
+        with open(self._shard(index), "rb", buffering=0) as file:
             return os.pread(file.fileno(), size, offset)
+
+    def stamp(self, index: int) -> tuple[int, int]:
+        return int(self._places[index, 1]), _stamp(self._shard(index))[1]
+
+    def _shard(self, index: int) -> str:
+        return self.shards[bisect_right(self._counts, index) - 1]
 
     def fingerprint(self) -> str:
         return _fingerprint(PackedNames(self.names), self._places[:, 1])

@@ -15,6 +15,7 @@ from torchvision.transforms import functional
 
 from reco_fast.pipelines.augmentations import Recipe, ViewParameters, sample_parameters
 from reco_fast.pipelines.images import BadImage, decode_image
+from reco_fast.pipelines.journal import Journal
 from reco_fast.pipelines.loader import Batch, ImageReader, Loader, OnBadImage, Sample
 from reco_fast.pipelines.order import Order
 from reco_fast.pipelines.sources import DataError, ImageSource
@@ -46,7 +47,7 @@ class TorchLoader(Loader):
         steps = count(first_step) if order.steps is None else range(first_step, order.steps)
         self._batches: Iterator[_Pixels] | None = iter(
             DataLoader(
-                _Steps(source, recipe, order, seed, on_bad_image),
+                _Steps(source, recipe, order, seed, on_bad_image, self._journal),
                 batch_size=None,  # an item of the data set is a batch
                 sampler=steps,
                 num_workers=workers,
@@ -59,7 +60,16 @@ class TorchLoader(Loader):
     def __next__(self) -> Batch:
         if self._batches is None:
             raise StopIteration
-        pixels = next(self._batches)
+        try:
+            pixels = next(self._batches)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            self._journal = Journal(None)  # what the worker had under way stays noted
+            raise DataError(
+                "a process of the loader was ended, perhaps by an image that it was decoding; the same command goes on "
+                f"and leaves out an image that does so ({str(error).splitlines()[0]})"
+            ) from None
         if pixels.error:
             raise DataError(pixels.error)
         self._bad |= pixels.bad
@@ -74,6 +84,7 @@ class TorchLoader(Loader):
 
     def close(self) -> None:
         self._batches = None  # the DataLoader's iterator ends its workers as it goes
+        self._journal.close()
 
 
 def _leave_inherited_objects_alone(_: int) -> None:
@@ -91,14 +102,24 @@ class _Pixels(NamedTuple):
 class _Steps(Dataset[_Pixels]):
     """Batch `step`: each view [n, S, S, 3] uint8."""
 
-    def __init__(self, source: ImageSource, recipe: Recipe, order: Order, seed: int, on_bad_image: OnBadImage) -> None:
+    def __init__(
+        self,
+        source: ImageSource,
+        recipe: Recipe,
+        order: Order,
+        seed: int,
+        on_bad_image: OnBadImage,
+        journal: Journal,
+    ) -> None:
         self._reader = ImageReader(source, on_bad_image)
+        self._journal = journal
         self._recipe = recipe
         self._order = order
         self._seed = seed
 
     def __getitem__(self, step: int) -> _Pixels:
         positions, wanted = self._order.batch(step)
+        self._journal.begin(wanted.tolist())
         places = np.empty_like(wanted)
         size = self._recipe.size
         views = [np.empty((len(wanted), size, size, 3), np.uint8) for _ in self._recipe.views]
@@ -115,6 +136,7 @@ class _Steps(Dataset[_Pixels]):
                     view[row] = render(image, p, at, size)
         except DataError as error:
             return _Pixels((), torch.empty(0), {}, str(error))
+        self._journal.end()
         return _Pixels(tuple(map(torch.from_numpy, views)), torch.from_numpy(places), self._reader.bad.copy(), "")
 
     def _parameters(self, positions: NDArray[np.int64], samples: list[Sample]) -> list[ViewParameters]:

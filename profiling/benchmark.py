@@ -27,10 +27,11 @@ from torch import nn
 
 from reco_fast import cli
 from reco_fast.config import Config, ConfigError, DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from reco_fast.json_files import write_json
 from reco_fast.model import build_encoder
 from reco_fast.optim import build_optimizer
 from reco_fast.profiling.naive import NaiveReCo
-from reco_fast.run_folder import environment, write_json
+from reco_fast.run_folder import environment
 from reco_fast.state import build_state, pick_device, pick_precision
 from reco_fast.step import draw, scheduled, train_step
 

@@ -13,7 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from reco_fast.run_folder import environment, write_json
+from reco_fast.json_files import write_json
+from reco_fast.run_folder import environment
 
 HERE = Path(__file__).resolve().parents[1]
 

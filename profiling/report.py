@@ -6,19 +6,22 @@ train with --profile.enabled.
 """
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from reco_fast import cli
 from reco_fast.config import Config, ConfigError
+from reco_fast.json_files import parse_json, read_text, write_text
 from reco_fast.profiling.breakdown import Breakdown, newest_trace, read_trace
 from reco_fast.run_folder import read_config
+from reco_fast.typed import one_line
 
 Bound = Literal["data", "compute", "memory", "launch", "communication"]
 MATTERS = 0.15  # a share of the step below which another bound is looked for
 MOSTLY = 0.5
+# Of a logged step; the first three are always there.
+NUMBERS = ("step", "images_per_second", "data_wait_fraction", "step_ms_p50", "step_ms_p95", "model_flops_utilisation")
 
 
 class Verdict(NamedTuple):
@@ -103,11 +106,12 @@ def _compiled(found: Breakdown, config: Config) -> bool:
 def training_lines(run: Path) -> list[dict[str, Any]]:
     """What the run logged. Raises ConfigError where it logged nothing."""
     path = run / "metrics.jsonl"
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: expected the log of a run, got {error}") from None
-    train = [line for line in lines if line["kind"] == "train"]
+    lines = [parse_json(line, path) for line in read_text(path).splitlines()]
+    train = [line for line in lines if isinstance(line, dict) and line.get("kind") == "train"]
+    for line in train:
+        for name in NUMBERS:
+            if type(line.get(name)) not in (int, float) and (name in NUMBERS[:3] or line.get(name) is not None):
+                raise ConfigError(f"{path}: expected a number as {name}, got {line.get(name)!r}")
     if not train:
         raise ConfigError(f"{path}: expected logged steps, got none; see --run.log-every")
     return train
@@ -121,8 +125,8 @@ def page(run: Path, found: Breakdown, logged: list[dict[str, Any]], config: Conf
         return statistics.median(values) if values else None
 
     speed = [f"{median('images_per_second'):,.0f} images/s", f"data wait {median('data_wait_fraction'):.1%}"]
-    if (p50 := median("step_ms_p50")) is not None:
-        speed.append(f"step p50 {p50:,.1f} ms, p95 {median('step_ms_p95'):,.1f} ms")
+    if (p50 := median("step_ms_p50")) is not None and (p95 := median("step_ms_p95")) is not None:
+        speed.append(f"step p50 {p50:,.1f} ms, p95 {p95:,.1f} ms")
     if (utilisation := median("model_flops_utilisation")) is not None:
         speed.append(f"model FLOPs at {utilisation:.1%} of a large matrix product's rate")
     lines = [
@@ -177,8 +181,8 @@ def main() -> int:
     found = read_trace(newest_trace(run))
     config, logged = read_config(run), training_lines(run)
     text = page(run, found, logged, config)
-    print(text, end="")
-    (run / "profile.txt").write_text(text, encoding="utf-8")
+    print("\n".join(map(one_line, text.splitlines())))
+    write_text(run / "profile.txt", text)
     picture(found, logged, judge(found, config), run / "profile.png")
     return 0
 

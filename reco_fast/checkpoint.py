@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,9 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from reco_fast.config import ConfigError
+from reco_fast.json_files import parse_json
 from reco_fast.state import TrainState
+from reco_fast.typed import as_dataclass
 
 FORMAT = 1
+_MOST_STEPS = 2**40  # places in the stream of images stay far below 2⁶³
+_NAME = re.compile(r"step-\d{9,15}\.safetensors")
 KEEP = 2  # the newest, and the one before it should the newest turn out unreadable
 
 
@@ -77,7 +83,7 @@ def _write(directory: Path, tensors: dict[str, Tensor], header: dict[str, Any]) 
         raise
     temporary.rename(path)
     _flush(directory)
-    for old in sorted(directory.glob("step-*.safetensors"))[:-KEEP]:
+    for old in _all(directory)[:-KEEP]:
         old.unlink()
     return path
 
@@ -92,7 +98,16 @@ def _flush(path: Path) -> None:
 
 def latest(directory: Path) -> Path | None:
     """The newest checkpoint of a run, by step."""
-    return max(directory.glob("step-*.safetensors"), default=None)
+    found = _all(directory)
+    return found[-1] if found else None
+
+
+def _all(directory: Path) -> list[Path]:
+    """Sorted by step. Only ordinary files with a name of ours: a pipe would be waited for."""
+    return sorted(
+        (path for path in directory.glob("step-*.safetensors") if _NAME.fullmatch(path.name) and path.is_file()),
+        key=lambda path: int(path.stem.removeprefix("step-")),
+    )
 
 
 def load(path: Path, state: TrainState) -> dict[str, Any]:
@@ -105,11 +120,14 @@ def load(path: Path, state: TrainState) -> dict[str, Any]:
         if name not in tensors or tensors[name].shape != value.shape or tensors[name].dtype != value.dtype:
             found = f"{tensors[name].dtype} {list(tensors[name].shape)}" if name in tensors else "nothing"
             raise ConfigError(f"{path}: expected {name} as {value.dtype} {list(value.shape)}, got {found}")
+    if state.scaler.is_enabled() and not header["scaler"]:
+        raise ConfigError(f"{path}: expected the scale of a run in fp16 in its header, got none")
     with torch.no_grad():
         for name, value in _tensors(state).items():
             value.copy_(tensors[name])
-    state.scaler.load_state_dict(header["scaler"])
-    state.step = int(header["step"])
+    if state.scaler.is_enabled():
+        state.scaler.load_state_dict(header["scaler"])
+    state.step = header["step"]
     return header["progress"]
 
 
@@ -117,17 +135,47 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All tensors of a checkpoint, on the CPU, and its header. Raises ConfigError for a file that is not whole."""
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("reco_fast", "null"))
+            header = parse_json((file.metadata() or {}).get("reco_fast", "null"), path)
             if not isinstance(header, dict) or header.get("format") != FORMAT:
                 raise ConfigError(f"{path}: expected a reco_fast checkpoint of format {FORMAT}, got another file")
-            if any(not isinstance(header.get(k), t) for k, t in (("step", int), ("scaler", dict), ("progress", dict))):
-                raise ConfigError(f"{path}: expected step, scaler and progress in its header, got a damaged one")
+            _check(header, path)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError) as error:
         raise ConfigError(f"{path}: expected a readable checkpoint, got {str(error).splitlines()[0]}") from None
-    if header.get("crc32") != _crc32(tensors):
+    if header["crc32"] != _crc32(tensors):
         raise ConfigError(f"{path}: expected the checksum written with it, got another; the file is damaged")
     return tensors, header
+
+
+@dataclass
+class _Header:
+    format: int
+    step: int
+    scaler: dict[str, float]
+    progress: dict[str, Any]
+    crc32: int
+
+
+@dataclass
+class _Scaler:
+    """What torch.amp.GradScaler saves."""
+
+    scale: float
+    growth_factor: float
+    backoff_factor: float
+    growth_interval: int
+    _growth_tracker: int
+
+
+def _check(header: dict[str, Any], path: Path) -> None:
+    try:
+        as_dataclass(_Header, header)
+        if header["scaler"]:  # it is empty where the run needs none
+            as_dataclass(_Scaler, header["scaler"])
+        if not 0 <= header["step"] <= _MOST_STEPS:
+            raise ValueError(f"expected step from 0 to {_MOST_STEPS}, got {header['step']}")
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error} in its header") from None
 
 
 def load_encoder(path: Path, encoder: nn.Module, which: str) -> None:

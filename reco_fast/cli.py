@@ -14,6 +14,7 @@ import tyro
 
 from reco_fast.config import ConfigError
 from reco_fast.pipelines.sources import DataError
+from reco_fast.typed import one_line
 
 T = TypeVar("T")
 
@@ -43,17 +44,31 @@ def parse(kind: type[T], argv: Sequence[str], *, prog: str, description: str, de
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Call `main` and exit with its status; 2 with one line on stderr (of rank 0) for a user's mistake."""
+    """Call `main` and exit with its status; 2 with one line on stderr (of rank 0) for a user's mistake, and for what
+    the machine refuses: a full disk, a missing right, memory."""
     try:
         code = main() or 0
     except (ConfigError, DataError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        code = 2
+        code = _refuse(str(error))
     except BrokenPipeError:  # the reader of our output went away (`... | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        code = _refuse(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
+    except (MemoryError, RuntimeError) as error:  # PyTorch has a type of its own for the memory of a GPU alone
+        if isinstance(error, RuntimeError) and not re.search("out of memory|t allocate memory", str(error)):
+            raise
+        code = _refuse("out of memory; a smaller --train.batch-size, --model.bank-size or --data.image-size needs less")
     sys.exit(code)
+
+
+def _refuse(reason: str) -> int:
+    if os.environ.get("RANK", "0") == "0":
+        line = one_line(f"error: {reason}").encode("utf-8", "backslashreplace")  # file names need not be UTF-8
+        print(line.decode(), file=sys.stderr, flush=True)
+    return 2
 
 
 def _flags(kind: Any, prefix: str = "") -> set[str]:

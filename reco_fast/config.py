@@ -12,14 +12,18 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from reco_fast.losses import Impl, MixAnchor
+from reco_fast.typed import as_dataclass
 
 
 class ConfigError(Exception):
     """A user's mistake. The message is one line: the flag or file, what came and what was expected."""
 
 
+_MOST = 2**40  # of any count or number: far above what is useful, far below what overflows
+
+
 def _require(ok: bool, flag: str, value: object, expected: str) -> None:
-    if not ok:
+    if not ok or (isinstance(value, int | float) and value > _MOST):  # infinity too
         raise ConfigError(f"--{flag}: expected {expected}, got {value}")
 
 
@@ -29,6 +33,8 @@ class DataConfig:
     """Training images: a folder at any depth, or WebDataset .tar shards. Labels are not needed."""
     val_path: Path | None = None
     """Held-out images by class for the kNN evaluation; --data.path must then be by class too."""
+    manifest: Path | None = None
+    """What reco_fast.check_images found in --data.path: its bad images are left out unread."""
     generated: bool = False
     """Without --data.path, train on the built-in generated images."""
     image_size: int = 32
@@ -64,9 +70,10 @@ class ModelConfig:
     """The teacher becomes m·teacher + (1−m)·student after each step."""
 
     def __post_init__(self) -> None:
-        _require(self.projection_dim >= 8, "model.projection-dim", self.projection_dim, "a number from 8 up")
+        ok = 8 <= self.projection_dim <= 65536
+        _require(ok, "model.projection-dim", self.projection_dim, "a number from 8 to 65536")
         _require(self.norm_groups >= 2, "model.norm-groups", self.norm_groups, "2 or more")
-        _require(self.bank_size >= 1, "model.bank-size", self.bank_size, "1 or more")
+        _require(1 <= self.bank_size <= 2**28, "model.bank-size", self.bank_size, "a number from 1 to 2²⁸")
         _require(0 <= self.teacher_momentum < 1, "model.teacher-momentum", self.teacher_momentum, "0 ≤ m < 1")
 
 
@@ -237,22 +244,11 @@ class Config:
         """The inverse of `to_json`. Raises ConfigError where a section or a field is missing, unknown or wrong."""
         sections = {}
         for section in dataclasses.fields(cls):
-            given = values.get(section.name)
-            kind = section.default_factory
-            names = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-            if not isinstance(given, Mapping) or set(given) != names:
-                raise ConfigError(f"config.json: expected section {section.name!r} with the fields {sorted(names)}")
-            fields = {k: Path(v) if k in _PATHS and v is not None else v for k, v in given.items()}
             try:
-                sections[section.name] = kind(**fields)  # type: ignore[operator]
-            except TypeError as error:
-                raise ConfigError(
-                    f"config.json: section {section.name!r} has a value of a wrong type: {error}"
-                ) from None
+                sections[section.name] = as_dataclass(section.type, values.get(section.name))  # type: ignore[arg-type]
+            except ValueError as error:
+                raise ConfigError(f"config.json: section {section.name!r}: {error}") from None
         return cls(**sections)
-
-
-_PATHS = {"path", "val_path", "dir"}
 
 
 def _dashed(name: str) -> str:

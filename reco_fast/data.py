@@ -74,6 +74,9 @@ def recipe(config: Config) -> Recipe:
 
 def loader_workers(data: DataConfig) -> int:
     """As configured, or this rank's share of the cores."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return data.workers or max(1, cores // ranks)
+    return data.workers or max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def available_cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -63,11 +63,36 @@ def gather_lines(lines: list[str], device: torch.device) -> list[str]:
     return sorted(set(bytes(joined.tolist()).decode(errors="surrogateescape").split("\n")) - {""})
 
 
-def on_any_rank(flags: list[bool], device: torch.device) -> list[bool]:
-    """Of each flag, whether it is set on some rank. Waits for the device if there are several ranks."""
-    if world_size() == 1:
-        return flags
-    return (sum_over_ranks(torch.tensor(flags, dtype=torch.int32, device=device)) > 0).tolist()
+class Agreement:
+    """Whether a flag is set on any rank: the same answer on all ranks in the same step, about the step before.
+
+    The sum travels between the hosts while a step computes, so nobody waits for it and no device is involved.
+    """
+
+    def __init__(self) -> None:
+        self._group = dist.new_group(backend="gloo") if world_size() > 1 else None
+        self._under_way: tuple[Tensor, dist.Work] | None = None
+
+    def any(self, *flags: bool) -> list[bool]:
+        """Send these flags, and return those that were sent before, each true where some rank's was. One process gets
+        its own at once."""
+        if self._group is None:
+            return list(flags)
+        before = self._received() or [False] * len(flags)
+        sent = torch.tensor(flags, dtype=torch.int32)
+        self._under_way = sent, dist.all_reduce(sent, group=self._group, async_op=True)
+        return before
+
+    def forget(self) -> None:
+        """Drop what is under way, on all ranks together: it was about something that has been dealt with."""
+        self._received()
+
+    def _received(self) -> list[bool] | None:
+        if self._under_way is None:
+            return None
+        (flags, work), self._under_way = self._under_way, None
+        work.wait()
+        return (flags > 0).tolist()
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from reco_fast.config import ConfigError
 from reco_fast.export import whole_file
 from reco_fast.pipelines.images import decode_image
 from reco_fast.pipelines.sources import ImageSource
+from reco_fast.typed import one_line
 
 PROJECTOR_IMAGES = 5000  # TensorBoard's Projector becomes slow above
 THUMBNAIL = 48  # pixels a side; the sprite of 71 × 71 stays within the 8,192 that browsers take
@@ -161,11 +162,11 @@ def write_projector(folder: Path, found: Embeddings, source: ImageSource, *, wor
 
     with ThreadPoolExecutor(workers) as pool:
         images = np.stack(list(pool.map(thumbnail, found.indices[rows].tolist())))
-    names = [" ".join(printable(source.names[index]).split()) for index in found.indices[rows].tolist()]  # a TSV file
+    names = [one_line(printable(source.names[index])) for index in found.indices[rows].tolist()]  # a TSV file
     metadata: list[Any] = names
     header = None
     if source.labels is not None:
-        classes = [" ".join(printable(source.classes[n]).split()) for n in source.labels[found.indices[rows]].tolist()]
+        classes = [one_line(printable(source.classes[n])) for n in source.labels[found.indices[rows]].tolist()]
         metadata, header = [list(row) for row in zip(names, classes, strict=True)], ["path", "class"]
     try:
         with SummaryWriter(str(folder)) as writer:
@@ -182,7 +183,7 @@ def name_bad_images(path: Path, bad: dict[str, str]) -> None:
     """A line each; no file where all were good."""
     path.unlink(missing_ok=True)
     if bad:
-        lines = [f"{printable(name)}\t{reason}\n" for name, reason in sorted(bad.items())]
+        lines = [f"{one_line(printable(name))}\t{one_line(reason)}\n" for name, reason in sorted(bad.items())]
         path.write_text("".join(lines), encoding="utf-8")
         print(f"left out as unreadable: {len(bad)}, named in {path}, such as {lines[0].rstrip()}")
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from reco_fast import checkpoint, cli, distributed, run_folder
 from reco_fast.config import Config, ConfigError, DataConfig
 from reco_fast.data import LabelledData, loader_workers, open_labelled
+from reco_fast.json_files import write_json
 from reco_fast.model import build_encoder
 from reco_fast.pipelines.augmentations import evaluation_recipe
 from reco_fast.pipelines.loader import open_loader
@@ -202,7 +203,7 @@ def evaluate(command: EvaluateCommand) -> int:
     )
     result: dict[str, Any] = {"which": command.which, "knn_top1": knn, "linear_top1": probe, "linear_c": penalty}
     result |= {"path": str(data_config.path), "val_path": str(data_config.val_path)}
-    run_folder.write_json(command.run_dir / "evaluation.json", result)
+    write_json(command.run_dir / "evaluation.json", result)
     return 0
 
 

@@ -14,7 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from reco_fast.config import ConfigError
 from reco_fast.diagnostics import Finding, Spread
+from reco_fast.json_files import parse_json, read_text, write_text
+from reco_fast.typed import one_line
 
 # Charts of several lines, in TensorBoard's tab Custom Scalars.
 CHARTS = {
@@ -116,7 +119,8 @@ class RunLog:
             self._file.close()
 
     def say(self, line: str) -> None:
-        """A line for the person who watches."""
+        """A line for the person who watches; what file names bring along does not reach the terminal."""
+        line = one_line(line).encode("utf-8", "backslashreplace").decode()
         if self._directory is not None:
             if self._progress is not None:
                 self._progress.console.print(line, markup=False, highlight=False)
@@ -168,12 +172,16 @@ class RunLog:
             self._write({"kind": "end", **values})
 
     def bad_images(self, lines: list[str]) -> None:
-        """List what could not be decoded, a line each, in bad_images.txt; nothing where all was good."""
+        """Add what could not be decoded, `name TAB reason` a line, to bad_images.txt; nothing where all was good."""
         if self._directory is None or not lines:
             return
         path = self._directory / "bad_images.txt"
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="surrogateescape")
-        self.say(f"{len(lines)} images could not be decoded and were replaced: {path}")
+        # Raw bytes: file names need not be UTF-8.
+        before = path.read_text("utf-8", errors="surrogateescape").splitlines() if path.exists() else []
+        listed = sorted(({line.partition("\t")[0]: line for line in (*before, *lines)}).values())
+        if listed != before:
+            write_text(path, "".join(f"{line}\n" for line in listed))
+            self.say(f"{len(listed)} images could not be decoded and were replaced: {path}")
 
     def views(self, grid: Tensor) -> None:
         """A picture [3, H, W] in 0..1 of augmented views."""
@@ -197,13 +205,12 @@ def _drop_lines_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_text(path).splitlines():
         try:
-            values = json.loads(line)
-        except json.JSONDecodeError:  # the line that a kill cut short
+            values = parse_json(line, path)
+        except ConfigError:  # the line that a kill cut short
             continue
-        if step > 0 and values.get("step", step + 1) <= step:
+        logged = values.get("step") if isinstance(values, dict) else None
+        if isinstance(logged, int) and logged <= step and step > 0:
             kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.rename(path)
+    write_text(path, "".join(kept))

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from reco_fast import __version__, run_folder
-from reco_fast.config import Config
+from reco_fast.config import Config, ConfigError
+from reco_fast.json_files import read_json
 from reco_fast.pipelines.augmentations import evaluation_recipe
 
 
@@ -93,6 +94,6 @@ def as_json(values: Any) -> list[str]:
 def read(folder: Path, name: str) -> Any:
     """A JSON file of the run, or None."""
     try:
-        return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(folder / f"{name}.json")
+    except ConfigError:
         return None

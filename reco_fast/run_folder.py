@@ -3,7 +3,6 @@
 import dataclasses
 import datetime
 import fcntl
-import json
 import platform
 import subprocess
 import sys
@@ -17,10 +16,11 @@ import torch
 
 from reco_fast import __version__, checkpoint, distributed
 from reco_fast.config import Config, ConfigError
+from reco_fast.json_files import parse_json, read_json, read_text, write_json
 
 PACKAGES = ("torch", "torchvision", "triton", "timm", "numpy", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
 # What may differ between a run and its continuation: it changes where and how fast, not what is learned.
-MAY_CHANGE = {"run", "profile", "eval", "data.workers"}
+MAY_CHANGE = {"run", "profile", "eval", "data.workers", "data.manifest"}
 MAY_CHANGE |= {"train.max_steps", "train.device", "train.compile", "train.cuda_graph"}
 
 
@@ -57,6 +57,7 @@ def claimed(folder: Path, config: Config) -> Iterator[None]:
     """
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        check_kinds(folder)
         lock = open(folder / ".lock", "a")  # noqa: SIM115 - held for as long as the run lasts
     except OSError as error:
         raise _unwritable(folder, error) from None
@@ -73,6 +74,14 @@ def claimed(folder: Path, config: Config) -> Iterator[None]:
         yield
 
 
+def check_kinds(folder: Path) -> None:
+    """Raises ConfigError where a run folder holds anything but files and folders: what is written through a symbolic
+    link would land elsewhere, and a pipe would be waited for. (The folder itself may be a link.)"""
+    for path in (*folder.iterdir(), *(folder / "checkpoints").glob("*"), *(folder / "tensorboard").glob("*")):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise ConfigError(f"{path}: expected files and folders alone in the folder of a run, got a link or a pipe")
+
+
 def _unwritable(folder: Path, error: OSError) -> ConfigError:
     return ConfigError(f"--run.dir: expected a folder that can be written, got {folder} ({error.strerror})")
 
@@ -80,24 +89,23 @@ def _unwritable(folder: Path, error: OSError) -> ConfigError:
 def read_config(folder: Path) -> Config:
     """The configuration of a run. Raises ConfigError where the folder holds none or a damaged one."""
     path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: expected the configuration of a run, got {error}") from None
+    values = read_json(path)
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a JSON object, got {type(values).__name__}")
-    return Config.from_json(values)
+    try:
+        return Config.from_json(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {str(error).removeprefix('config.json: ')}") from None
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
     """The last line of metrics.jsonl if it says that the run ended."""
     path = folder / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     try:
-        last = json.loads(lines[-1]) if lines else {}
-    except json.JSONDecodeError:
+        last = parse_json(read_text(path).splitlines()[-1], path)
+    except (ConfigError, IndexError):  # none there, cut short by a kill, empty
         return None
-    return last if last.get("kind") == "end" else None
+    return last if isinstance(last, dict) and last.get("kind") == "end" else None
 
 
 def first_difference(config: Config, other: Config) -> str | None:
@@ -143,10 +151,3 @@ def _output(*command: str) -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Appears whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    temporary.rename(path)

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from reco_fast import checkpoint, cli, distributed, run_folder
+from reco_fast import checkpoint, cli, distributed, quarantine, run_folder
 from reco_fast.config import Config, ConfigError
 from reco_fast.data import LabelledData, loader_workers, open_data, recipe
 from reco_fast.diagnostics import SETTLED_STEPS, SPREAD_ROWS, Watch, chance_levels, spread
@@ -33,6 +33,7 @@ from reco_fast.profiling.trace import region, trace
 from reco_fast.state import TrainState, build_state, pick_device
 from reco_fast.step import METRICS, draw, scheduled, train_step
 from reco_fast.stop import StopRequest
+from reco_fast.typed import as_dataclass, one_line
 
 SAMPLE = 2048  # training images whose features are looked at where there are no labels
 MANY_SKIPPED = 20  # steps in a row without a finite gradient, after which a run gives up
@@ -67,12 +68,12 @@ def train(preset: str, config: Config) -> int:
         folder, resume_from = run_folder.choose(config, preset)
         run = Run(config, source, labelled, folder, epoch_steps=len(source) / config.train.batch_size)
         done = run_folder.finished(folder)
-        if done is not None and done["steps"] >= run.stop_at:
+        if done is not None and isinstance(done.get("steps"), int) and done["steps"] >= run.stop_at:
             if distributed.rank() == 0:
                 print(f"{folder} is finished: {done}")
             return 0
         writes = distributed.rank() == 0
-        progress = Progress() if resume_from is None else Progress.from_json(checkpoint.load(resume_from, state))
+        progress = Progress() if resume_from is None else Progress.restore(resume_from, state)
         if writes:
             check_same_images(progress, source, config.data.path)
         order = TrainingOrder(
@@ -84,6 +85,7 @@ def train(preset: str, config: Config) -> int:
         )
         with (
             run_folder.claimed(folder, config) if writes else nullcontext(),
+            nullcontext(quarantine.prepare(folder, config.data, source, labelled)) as left_out,
             open_loader(
                 config.data.loader,
                 source,
@@ -100,6 +102,8 @@ def train(preset: str, config: Config) -> int:
             StopRequest() as stop,
         ):
             log.say(f"{folder}: {config.loss.objective} with {config.model.arch} on {len(source)} images, {device}")
+            for line in left_out:
+                log.say(line)
             loop(run, state, progress, loader, log, writer, stop)
     return 0
 
@@ -150,10 +154,23 @@ class Progress:
     skipped_in_a_row: int = 0
     watch: Watch = field(default_factory=Watch)
 
+    def __post_init__(self) -> None:
+        if min(self.images, self.seconds, self.summed_steps, self.skipped_in_a_row) < 0:
+            raise ValueError("expected counts from 0 up, got a negative one")
+        if any(len(pair) != 2 for pair in self.watch.evaluations):
+            raise ValueError("expected evaluations as pairs, got another list")
+
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Progress":
-        """Of a checkpoint; one of an earlier version may lack the watch and measure something else."""
-        progress = cls(**values | {"watch": Watch(**values.get("watch", {}))})
+    def restore(cls, path: Path, state: TrainState) -> "Progress":
+        """Load a checkpoint into `state`. One of an earlier version may lack the watch and measure something else.
+
+        Raises ConfigError.
+        """
+        values = checkpoint.load(path, state)
+        try:
+            progress = as_dataclass(cls, dataclasses.asdict(cls()) | values)
+        except ValueError as error:
+            raise ConfigError(f"{path}: {error} in its progress") from None
         if len(progress.sums) != len(METRICS):
             progress.sums, progress.summed_steps = [0.0] * len(METRICS), 0
         return progress
@@ -179,6 +196,7 @@ def loop(
         progress.knn_top1_initial = progress.knn_top1 = evaluate(run, state, progress, log)
     meter = Meter()
     saved_at = time.monotonic()
+    agreement = distributed.Agreement()
     sums = torch.tensor(progress.sums, device=state.device)
     batches = iter(loader)
     profile = config.profile
@@ -217,10 +235,8 @@ def loop(
             if ended or run.due(state.step, config.eval.every):
                 progress.knn_top1 = evaluate(run, state, progress, log)
                 meter.restart()
-            stopping, overdue = False, False
-            if logs or distributed.world_size() == 1:  # several ranks agree when they wait for each other anyway
-                late = time.monotonic() - saved_at > 60 * config.run.checkpoint_minutes
-                stopping, overdue = distributed.on_any_rank([stop.signal_name is not None, late], state.device)
+            late = time.monotonic() - saved_at > 60 * config.run.checkpoint_minutes
+            stopping, overdue = agreement.any(stop.signal_name is not None, late)
             at_step = config.run.checkpoint_steps is not None and state.step % config.run.checkpoint_steps == 0
             if ended or stopping or overdue or at_step:
                 meter.read()
@@ -229,13 +245,15 @@ def loop(
                 sums = torch.tensor(progress.sums, device=state.device)
                 if distributed.rank() == 0:
                     writer.save(state, dataclasses.asdict(progress))
-                bad = [f"{name}\t{reason}".replace("\n", "\\n") for name, reason in loader.bad_images.items()]
+                bad = [f"{one_line(name)}\t{one_line(reason)}" for name, reason in loader.bad_images.items()]
                 log.bad_images(distributed.gather_lines(bad, state.device))
                 saved_at = time.monotonic()
+                agreement.forget()
             profiler.step()
             if stopping and not ended:
                 writer.wait()
-                log.say(f"stopped at step {state.step} ({stop.signal_name}); go on with --run.dir {run.folder}")
+                why = stop.signal_name or "a signal to another rank"
+                log.say(f"stopped at step {state.step} ({why}); go on with --run.dir {run.folder}")
                 return
     writer.wait()
     log.end(
@@ -243,7 +261,7 @@ def loop(
             "epochs": run.epoch(state.step),
             "steps": state.step,
             "seconds": progress.seconds,
-            "images_per_second": progress.images / progress.seconds,
+            "images_per_second": progress.images / max(progress.seconds, 1e-9),
             "knn_top1_initial": progress.knn_top1_initial,
             "knn_top1": progress.knn_top1,
         }

@@ -64,33 +64,43 @@ def metrics(folder: Path) -> list[dict[str, object]]:
 
 def kill(work: Path, arguments: argparse.Namespace) -> None:
     images = write_images(work / "images", 400)
-    epochs = str(6 * arguments.kills)  # about three seconds of training for each kill
-    options = ["--train.epochs", epochs, "--run.checkpoint-steps", "7", "--data.loader", arguments.loader]
-    options += ["--data.val-path", str(images), "--eval.every", "20"]
+    epochs = str(2 * arguments.kills)  # 25 steps for each kill
+    options = ["--train.epochs", epochs, "--run.checkpoint-steps", "7", "--run.log-every", "1"]
+    options += ["--data.loader", arguments.loader, "--data.val-path", str(images), "--eval.every", "7"]
     assert start(command(images, work / "calm", *options), work / "calm.log").wait() == 0
     rng = random.Random(arguments.seed)
-    kills, started = 0, 0
+    log = work / "killed.log"
+    kills = 0
     while True:
-        started += 1
-        process = start(command(images, work / "killed", *options), work / "killed.log")
-        try:
-            # From the imports to some way into the training.
-            process.wait(timeout=rng.uniform(2, 16) if kills < arguments.kills else None)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            kills += 1
-            print(f"kill {kills}: newest {max((work / 'killed' / 'checkpoints').glob('*'), default=None)}", flush=True)
-            continue
-        assert process.returncode == 0, (work / "killed.log").read_text()[-2000:]
-        break
+        before = steps_in(log)
+        process = start(command(images, work / "killed", *options), log)
+        if kills == arguments.kills:
+            assert process.wait() == 0, log.read_text()[-2000:]
+            break
+        # One in five before the first step (imports, opening, the first checkpoint's reading), the others behind it.
+        steps = 0 if rng.random() < 0.2 else rng.randint(1, 24)
+        while process.poll() is None and steps and steps_in(log) < before + steps:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.2) if steps else rng.uniform(0, 10))
+        assert process.poll() is None, log.read_text()[-2000:]
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+        newest = max((work / "killed" / "checkpoints").glob("*"), default=None)
+        print(f"kill {kills}: after {steps_in(log) - before} steps; newest: {newest and newest.name}", flush=True)
     last = sorted((work / "calm" / "checkpoints").glob("*.safetensors"))[-1].name
     calm, killed = (load_file(work / name / "checkpoints" / last) for name in ("calm", "killed"))
     assert set(calm) == set(killed)
     different = [name for name in calm if not torch.equal(calm[name], killed[name])]
     assert not different, different
     assert metrics(work / "calm") == metrics(work / "killed")
-    print(f"{arguments.loader}: {kills} kills, {started} starts, {len(calm)} tensors and all metrics bit for bit equal")
+    lines = len(metrics(work / "calm"))
+    print(f"{arguments.loader}: {kills} kills; {len(calm)} tensors and {lines} lines of metrics are bit for bit equal")
+
+
+def steps_in(log: Path) -> int:
+    """How many steps the runs that write to `log` have finished."""
+    return log.read_bytes().count(b"\nstep ") if log.exists() else 0
 
 
 def rank(work: Path, arguments: argparse.Namespace) -> None:

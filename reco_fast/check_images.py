@@ -1,0 +1,79 @@
+"""Decode every image once and keep what was found, so that a run knows its bad images before it begins.
+
+`python -m reco_fast.check_images DIR --output FILE`, then train with `--data.manifest FILE`.
+
+Images are decoded in other processes, which may die of them. The same command again looks only at images
+that are new or have changed.
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import tyro
+
+from reco_fast import cli
+from reco_fast.config import ConfigError
+from reco_fast.data import available_cores
+from reco_fast.json_files import write_text
+from reco_fast.pipelines.loader import resolve
+from reco_fast.pipelines.probe import probe_all
+from reco_fast.pipelines.sources import open_source
+from reco_fast.quarantine import manifest_line, manifest_lines
+from reco_fast.typed import one_line
+
+
+@dataclass(frozen=True)
+class CheckCommand:
+    path: tyro.conf.Positional[Path]
+    """A folder at any depth, or WebDataset .tar shards."""
+    output: Path
+    """The manifest: one JSON object a line, {path, stamp, reason}; reason is null for a good image."""
+    loader: Literal["auto", "dali", "torch"] = "auto"
+    """Whose decoder; auto takes DALI where it is installed."""
+    workers: int = 0
+    """Processes; 0 means one for each core."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.workers <= 256:
+            raise ConfigError(f"--workers: expected a number from 0 to 256, got {self.workers}")
+
+
+def main() -> NoReturn:
+    cli.run(
+        lambda: check(
+            cli.parse(CheckCommand, sys.argv[1:], prog="python -m reco_fast.check_images", description=__doc__)
+        )
+    )
+
+
+def check(command: CheckCommand) -> int:
+    """Write the manifest. Raises ConfigError or DataError."""
+    if command.output.is_dir():
+        raise ConfigError(f"--output: expected a file, got the folder {command.output}")
+    source = open_source(command.path)
+    known = {line["path"]: line for line in manifest_lines(command.output)} if command.output.exists() else {}
+    stamps = [source.stamp(index) for index in range(len(source))]
+    todo = [i for i, name in enumerate(source.names) if known.get(name, {}).get("stamp") != list(stamps[i])]
+    reasons = {i: known[name]["reason"] for i, name in enumerate(source.names) if name in known}
+    started = time.monotonic()
+    for done, (index, reason) in enumerate(
+        probe_all(source, todo, resolve(command.loader), command.workers or available_cores()), 1
+    ):
+        reasons[index] = reason
+        if reason is not None:
+            print(one_line(f"{source.names[index]}: {reason}").encode("utf-8", "backslashreplace").decode())
+        if done % 10_000 == 0 or done == len(todo):
+            print(f"{done:,} of {len(todo):,} images, {done / (time.monotonic() - started):.0f} img/s", flush=True)
+    write_text(
+        command.output, "".join(manifest_line(name, stamps[i], reasons[i]) for i, name in enumerate(source.names))
+    )
+    bad = sum(reason is not None for reason in reasons.values())
+    print(f"{command.output}: {len(source):,} images, {bad:,} of them bad; train with --data.manifest {command.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    main()
