@@ -53,15 +53,13 @@ class Probe:
             )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(struct.pack("<q", len(data)) + data)
             self._process.stdin.flush()
-            with selectors.DefaultSelector() as selector:
-                selector.register(self._process.stdout, selectors.EVENT_READ)
-                answered = selector.select(SECONDS)
-            line = self._process.stdout.readline() if answered else b""
-        except BrokenPipeError:
-            answered, line = [()], b""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            answered = bool(selector.select(SECONDS))
+        line = self._process.stdout.readline() if answered else b""
         if line:
             answer: dict[str, Any] = json.loads(line)
             if answer["fresh"]:  # DALI raised: sooner or later it dies of that

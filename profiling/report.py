@@ -5,10 +5,13 @@ the page and leaves it in the run folder as `profile.txt`, with a picture, `prof
 train with --profile.enabled.
 """
 
-import argparse
 import statistics
+import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
+
+import tyro
 
 from reco_fast import cli
 from reco_fast.config import Config, ConfigError
@@ -174,10 +177,23 @@ def picture(found: Breakdown, logged: list[dict[str, Any]], verdict: Verdict, pa
     pyplot.close(figure)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN_DIR")
-    run: Path = parser.parse_args().run
+@dataclass(frozen=True)
+class ReportCommand:
+    run_dir: tyro.conf.Positional[Path]
+    """Folder of a run with a trace."""
+
+
+def main() -> NoReturn:
+    cli.run(
+        lambda: report(
+            cli.parse(ReportCommand, sys.argv[1:], prog="python -m reco_fast.profiling.report", description=__doc__)
+        )
+    )
+
+
+def report(command: ReportCommand) -> int:
+    """Print the page, and leave it and its picture in the run folder. Raises ConfigError."""
+    run = command.run_dir
     found = read_trace(newest_trace(run))
     config, logged = read_config(run), training_lines(run)
     text = page(run, found, logged, config)
@@ -188,4 +204,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    main()

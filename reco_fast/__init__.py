@@ -4,6 +4,7 @@
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = ["ReCoLoss", "ReCoLossOutput", "reco_loss"]
@@ -14,4 +15,13 @@ _root = Path(__file__).resolve().parents[1]
 if (_root / "setup.py").is_file():
     __path__.append(str(_root))
 
-from reco_fast.losses import ReCoLoss, ReCoLossOutput, reco_loss  # noqa: E402 - needs __path__
+if TYPE_CHECKING:
+    from reco_fast.losses import ReCoLoss, ReCoLossOutput, reco_loss
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:  # at first use: processes that only read or decode images do without PyTorch
+        from reco_fast import losses
+
+        return getattr(losses, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

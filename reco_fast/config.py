@@ -19,11 +19,11 @@ class ConfigError(Exception):
     """A user's mistake. The message is one line: the flag or file, what came and what was expected."""
 
 
-_MOST = 2**40  # of any count or number: far above what is useful, far below what overflows
+_MOST_COUNT = 2**40  # far above what is useful, far below what overflows
 
 
 def _require(ok: bool, flag: str, value: object, expected: str) -> None:
-    if not ok or (isinstance(value, int | float) and value > _MOST):  # infinity too
+    if not ok or (isinstance(value, int) and value > _MOST_COUNT) or value == float("inf"):
         raise ConfigError(f"--{flag}: expected {expected}, got {value}")
 
 

@@ -70,7 +70,9 @@ class Agreement:
     """
 
     def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo") if world_size() > 1 else None
+        self._group: dist.ProcessGroup | None = None
+        if world_size() > 1:
+            self._group = dist.new_group(backend="gloo")  # type: ignore[assignment]
         self._under_way: tuple[Tensor, dist.Work] | None = None
 
     def any(self, *flags: bool) -> list[bool]:
@@ -80,7 +82,9 @@ class Agreement:
             return list(flags)
         before = self._received() or [False] * len(flags)
         sent = torch.tensor(flags, dtype=torch.int32)
-        self._under_way = sent, dist.all_reduce(sent, group=self._group, async_op=True)
+        work = dist.all_reduce(sent, group=self._group, async_op=True)
+        assert work is not None
+        self._under_way = sent, work
         return before
 
     def forget(self) -> None:

@@ -146,8 +146,7 @@ def test_the_report_of_a_run(
     )
     assert train.train(*train.parse([*arguments.split(), "--data.path", str(photographs), "--run.dir", str(run)])) == 0
     capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", ["report", str(run)])
-    assert report.main() == 0
+    assert report.report(report.ReportCommand(run)) == 0
     text = capsys.readouterr().out
     for name in (*REGIONS, "other", "images/s", "p95", "bound: ", "try: ", "a large matrix product"):
         assert name in text
@@ -171,7 +170,7 @@ def test_what_is_no_profiled_run_is_one_line_and_exit_2(
         write(run, cpu_trace(2, mm=1))
     monkeypatch.setattr(sys, "argv", ["report", str(run)])
     with pytest.raises(SystemExit) as stop:
-        cli.run(report.main)
+        report.main()
     assert stop.value.code == 2
     shown = capsys.readouterr()
     assert shown.err.startswith("error: ")

@@ -1,0 +1,72 @@
+"""What several ranks do together: agree on a stop, each in the same step and at once."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from odd_images import encode, picture
+
+TRAIN = (
+    "-m reco_fast.train cifar10 --model.arch timm/test_resnet --model.stem standard --model.bank-size 32 "
+    "--model.projection-dim 16 --model.key-norm batch --train.batch-size 16 --train.device cpu --run.log-every 100000 "
+    "--train.epochs 100000 --run.checkpoint-steps 5 --data.loader torch --data.workers 1"
+).split()
+AGREE = """
+import torch
+from reco_fast import distributed
+with distributed.process_group(torch.device("cpu")):
+    agreement, rank = distributed.Agreement(), distributed.rank()
+    answers = [agreement.any(step == 3 and rank == 1, step == 5 and rank == 0) for step in range(4)]
+    agreement.forget()
+    answers += [agreement.any(step == 3 and rank == 1, step == 5 and rank == 0) for step in range(4, 8)]
+    agreement.forget()
+    assert answers == [[False, False]] * 6 + [[False, True], [False, False]], answers
+"""
+
+
+def test_ranks_hear_of_a_flag_one_step_later_and_forget_together(tmp_path: Path) -> None:
+    (tmp_path / "agree.py").write_text(AGREE)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, str(tmp_path / "agree.py")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("to", ["one rank", "launcher"])
+def test_sigterm_stops_all_ranks_within_steps_and_saves(to: str, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for number in range(64):
+        (tmp_path / "images" / f"{number}.jpg").write_bytes(encode(picture(seed=number), "JPEG"))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    line = [*launcher, *TRAIN, "--data.path", str(tmp_path / "images"), "--run.dir", str(tmp_path / "run")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (
+        open(tmp_path / "log", "wb") as log,
+        subprocess.Popen(line, stdout=log, stderr=log, env=environment) as running,
+    ):
+        while not (found := list((tmp_path / "run" / "checkpoints").glob("*.safetensors"))):
+            time.sleep(0.05)
+            assert running.poll() is None, (tmp_path / "log").read_text()[-3000:]
+        if to == "launcher":
+            running.send_signal(signal.SIGTERM)
+        else:
+            ranks = subprocess.check_output(["pgrep", "-P", str(running.pid)], text=True).split()
+            os.kill(int(ranks[-1]), signal.SIGTERM)
+        code = running.wait(timeout=120)
+    shown = (tmp_path / "log").read_text()
+    assert shown.count("stopped at step ") == 1, shown
+    stopped_at = int(shown.split("stopped at step ")[1].split()[0])
+    assert (tmp_path / "run" / "checkpoints" / f"step-{stopped_at:09d}.safetensors").exists()
+    newest = max(int(path.stem.removeprefix("step-")) for path in found)
+    assert stopped_at < newest + 30, (newest, stopped_at)  # not at the log line, a hundred thousand steps on
+    if to == "one rank":
+        assert code == 0, shown
