@@ -4,10 +4,13 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import tyro
@@ -65,9 +68,12 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 
 def _refuse(reason: str) -> int:
+    line = one_line(f"error: {reason}").encode("utf-8", "backslashreplace").decode()  # file names need not be UTF-8
     if os.environ.get("RANK", "0") == "0":
-        line = one_line(f"error: {reason}").encode("utf-8", "backslashreplace")  # file names need not be UTF-8
-        print(line.decode(), file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun ends with what stands there
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": line, "timestamp": int(time.time())}), encoding="utf-8")
     return 2
 
 

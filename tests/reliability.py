@@ -3,10 +3,15 @@
 python tests/reliability.py kill --loader dali     # kill -9 at 20 random moments, bit-for-bit the same end
 python tests/reliability.py rank                   # kill one of two ranks under torchrun --max-restarts 3
 python tests/reliability.py fuzz --loader torch    # 500 damaged JPEGs among good ones
+python tests/reliability.py odd --loader dali      # 500 images of which 60 are odd or bad, at batch 32 and 128
+python tests/reliability.py lying --loader dali    # headers that claim 30,000 × 30,000 take no memory
+python tests/reliability.py full                   # a disk that fills up, as root
 python tests/reliability.py soak --minutes 30      # memory and open files over time
 """
 
 import argparse
+import contextlib
+import ctypes
 import io
 import json
 import os
@@ -16,10 +21,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from odd_images import bad_images, deceiving_images, encode, odd_images, picture
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -50,11 +57,22 @@ def command(images: Path, folder: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "reco_fast.train", "cifar10", *data, *MODEL.split(), *RUN.split(), *more]
 
 
-def start(line: list[str], log: Path) -> subprocess.Popen[bytes]:
+def start(line: list[str], log: Path, preexec_fn: Callable[[], None] | None = None) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        line, stdout=log.open("ab"), stderr=subprocess.STDOUT, start_new_session=True, env=environment
+        line,
+        stdout=log.open("ab"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        env=environment,
+        preexec_fn=preexec_fn,
     )
+
+
+def give_up_rights() -> None:
+    """Of root: to read and list whatever the permissions say (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH)."""
+    for capability in (1, 2):
+        ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP, effective with the next exec
 
 
 def metrics(folder: Path) -> list[dict[str, object]]:
@@ -144,6 +162,99 @@ def fuzz(work: Path, arguments: argparse.Namespace) -> None:
     print(f"{arguments.loader}: the run ended; {len(bad)} of 500 fuzzed files listed, Pillow refuses {undecodable}")
 
 
+def odd(work: Path, arguments: argparse.Namespace) -> None:
+    """500 images of which 60 are odd or bad, without root's right to read everything."""
+    images = write_images(work / "images", 440)
+    odd_ones, bad = odd_images(), bad_images() | deceiving_images()
+    expected = set()
+    for index, (name, data) in enumerate([*bad.items(), *odd_ones.items()] * 2):
+        if len(list(images.rglob("*.*"))) < 496:
+            path = images / f"class{index % 2}" / f"{index // (len(odd_ones) + len(bad))} {name}"
+            path.write_bytes(data)
+            if name in bad:
+                expected.add(str(path.relative_to(images)))
+    huge = encode(Image.new("L", (12_000, 9_000), 127), "JPEG", optimize=True)
+    (images / "class0" / "12,000 × 9,000.jpg").write_bytes(huge)
+    (images / "class0" / "broken link.jpg").symlink_to("nowhere")
+    (images / "class1" / "forbidden.jpg").write_bytes(encode(picture(), "JPEG"))
+    (images / "class1" / "forbidden.jpg").chmod(0)
+    (images / "class1" / "vanishes.jpg").write_bytes(encode(picture(), "JPEG"))
+    (images / "class1" / "forbidden folder").mkdir(mode=0)
+    expected |= {"class0/broken link.jpg", "class1/forbidden.jpg", "class1/vanishes.jpg", "class1/forbidden folder/"}
+    listed = sum(path.is_symlink() or path.is_file() for path in images.rglob("*.*"))
+    # The file goes after the folder has been listed, before it is read.
+    vanish = (
+        "import os, sys; from reco_fast import data, train; real = data.open_source\n"
+        "def listed(path):\n    source = real(path)\n    os.unlink(f'{path}/class1/vanishes.jpg')\n    return source\n"
+        "data.open_source = listed; train.main()"
+    )
+    for batch in ("32", "128"):
+        (images / "class1" / "vanishes.jpg").write_bytes(encode(picture(), "JPEG"))
+        options = ["--train.batch-size", batch, "--train.epochs", "2", "--data.loader", arguments.loader]
+        line = command(images, work / batch, *options)
+        line[1:3] = ["-c", vanish]
+        process = start(line, work / f"{batch}.log", preexec_fn=give_up_rights)
+        _, status, used = os.wait4(process.pid, 0)
+        assert status == 0, (work / f"{batch}.log").read_text()[-3000:]
+        found = {row.split("\t")[0] for row in (work / batch / "bad_images.txt").read_text().splitlines()}
+        assert found == expected, found ^ expected
+        assert metrics(work / batch)[-1]["kind"] == "end"
+        print(
+            f"{arguments.loader}, batch {batch}: of {listed} images exactly the {len(expected) - 1} bad ones and the "
+            f"forbidden folder are listed; peak {used.ru_maxrss / 1024:.0f} MiB",
+            flush=True,
+        )
+
+
+def lying(work: Path, arguments: argparse.Namespace) -> None:
+    """Peak memory with and without 20 files of 100 KB whose header claims 30,000 × 30,000."""
+    images = write_images(work / "images", 200)
+    peaks = []
+    for step in ("without", "with"):
+        if step == "with":
+            data = bad_images()["lying 30000.jpg"]
+            for index in range(20):
+                (images / "class0" / f"lying {index}.jpg").write_bytes(data[:-2] + bytes(100_000) + data[-2:])
+        process = start(
+            command(images, work / step, "--train.epochs", "4", "--data.loader", arguments.loader), work / "log"
+        )
+        _, status, used = os.wait4(process.pid, 0)
+        assert status == 0, (work / "log").read_text()[-3000:]
+        peaks.append(used.ru_maxrss / 1024)
+    assert len((work / "with" / "bad_images.txt").read_text().splitlines()) == 20
+    print(f"{arguments.loader}: peak {peaks[0]:.0f} MiB without 20 lying headers, {peaks[1]:.0f} MiB with them")
+    assert peaks[1] < peaks[0] + 200
+
+
+def full(work: Path, arguments: argparse.Namespace) -> None:
+    """The disk fills up while a run is at work; with room again the same command goes on. Needs root, for a tmpfs."""
+    images = write_images(work / "images", 200)
+    disk = work / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(disk)], check=True)
+    try:
+        line = command(images, disk / "run", "--train.epochs", "40", "--run.checkpoint-steps", "5")
+        process = start([*line, "--data.loader", arguments.loader], work / "log")
+        while not list((disk / "run" / "checkpoints").glob("*.safetensors")):
+            time.sleep(0.1)
+            assert process.poll() is None, (work / "log").read_text()[-3000:]
+        with contextlib.suppress(OSError), open(disk / "balloon", "wb", buffering=0) as balloon:
+            while True:
+                balloon.write(bytes(4096))
+        code = process.wait(timeout=600)
+        shown = (work / "log").read_text()
+        print(f"exit {code}: {[row for row in shown.splitlines() if not row.startswith('step ')][-3:]}")
+        assert code == 2
+        assert shown.count("\nerror: ") == 1
+        assert "Traceback" not in shown
+        (disk / "balloon").unlink()
+        assert start([*line, "--data.loader", arguments.loader], work / "log").wait() == 0, (work / "log").read_text()
+        assert metrics(disk / "run")[-1]["kind"] == "end"
+        print("with room again the same command went on to the end")
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
 def soak(work: Path, arguments: argparse.Namespace) -> None:
     images = write_images(work / "images", 2000)
     options = ["--train.epochs", "100000", "--run.checkpoint-steps", "20", "--data.loader", arguments.loader]
@@ -159,23 +270,28 @@ def soak(work: Path, arguments: argparse.Namespace) -> None:
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 0
     seconds, memory, files = np.array(samples[len(samples) // 5 :]).T  # after the first fifth: caches have filled
-    slope = np.polyfit(seconds, memory, 1)[0] * 3600
+    slope, level = np.polyfit(seconds / 3600, memory, 1)
+    blocks = [np.mean(part) for part in np.array_split(memory - slope * seconds / 3600 - level, 8)]
+    noise = np.std(blocks, ddof=1) / np.sqrt(8) / (np.ptp(seconds) / 3600) * np.sqrt(12)  # neighbours are alike
     print(
         f"{arguments.loader}: {arguments.minutes} min, memory {memory[0]:.0f} → {memory[-1]:.0f} MiB "
-        f"(slope {slope:.1f} MiB/h), open files {files.min():.0f} to {files.max():.0f}"
+        f"(slope {slope:.1f} ± {noise:.1f} MiB/h), open files {files.min():.0f} to {files.max():.0f}"
     )
+
+
+CHECKS = {"kill": kill, "rank": rank, "fuzz": fuzz, "odd": odd, "lying": lying, "full": full, "soak": soak}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("check", choices=["kill", "rank", "fuzz", "soak"])
+    parser.add_argument("check", choices=list(CHECKS))
     parser.add_argument("--loader", choices=["dali", "torch"], default="torch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--minutes", type=float, default=30)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
-        {"kill": kill, "rank": rank, "fuzz": fuzz, "soak": soak}[arguments.check](Path(work), arguments)
+        CHECKS[arguments.check](Path(work), arguments)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A checkpoint gives back what was saved, and refuses what is not one."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -133,3 +134,36 @@ def test_a_failed_write_is_one_line_and_keeps_the_last_good_one(
         writer.save(state, {})
     assert list(tmp_path.iterdir()) == [good]
     checkpoint.load(good, state)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("step", -1),
+        ("step", 2**60),
+        ("step", 3.0),
+        ("step", True),
+        ("scaler", []),
+        ("scaler", {"scale": "x"}),
+        ("scaler", {"scale": float("nan")}),
+        ("progress", [1]),
+        ("crc32", None),
+        ("crc32", "0"),
+        ("another", 1),
+    ],
+)
+def test_a_header_field_of_a_wrong_type_is_one_line(field: str, value: object, tmp_path: Path) -> None:
+    header = {"format": 1, "step": 0, "scaler": {}, "progress": {}, "crc32": 0, field: value}
+    save_file({"x": torch.zeros(1)}, tmp_path / "c.safetensors", metadata={"reco_fast": json.dumps(header)})
+    with pytest.raises(ConfigError, match="in its header") as caught:
+        checkpoint.read(tmp_path / "c.safetensors")
+    assert field in str(caught.value)
+
+
+def test_what_is_no_checkpoint_of_ours_is_not_the_latest(tmp_path: Path) -> None:
+    good = tmp_path / "step-000000002.safetensors"
+    good.touch()
+    (tmp_path / "step-zzz.safetensors").touch()
+    (tmp_path / "step-000000009.safetensors").mkdir()
+    os.mkfifo(tmp_path / "step-000000010.safetensors")
+    assert checkpoint.latest(tmp_path) == good

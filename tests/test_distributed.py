@@ -41,6 +41,20 @@ def test_ranks_hear_of_a_flag_one_step_later_and_forget_together(tmp_path: Path)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def test_a_mistake_is_the_first_and_the_last_thing_that_torchrun_shows(tmp_path: Path) -> None:
+    (tmp_path / "wrong.py").write_text(
+        "from reco_fast import cli\nfrom reco_fast.config import ConfigError\n"
+        "def main(): raise ConfigError('--data.path: expected \\x1b[31mred')\ncli.run(main)"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*launcher, str(tmp_path / "wrong.py")], capture_output=True, text=True, check=False)
+    line = "error: --data.path: expected \\x1b[31mred"
+    assert done.stderr.splitlines().count(line) == 1  # of rank 0 alone
+    summary = done.stderr.rpartition("Root Cause")[2]
+    assert line in summary, done.stderr
+    assert "exitcode  : 2" in summary
+
+
 @pytest.mark.parametrize("to", ["one rank", "launcher"])
 def test_sigterm_stops_all_ranks_within_steps_and_saves(to: str, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()

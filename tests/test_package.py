@@ -64,7 +64,8 @@ def test_built_package_holds_every_folder(tmp_path: Path) -> None:
 
 def test_no_pickle_is_loaded_anywhere() -> None:
     loads = re.compile(
-        r"\bimport pickle\b|\bpickle\.load|\btorch\.load\((?!.*weights_only=True)|allow_pickle=True|_object_list"
+        r"\bimport (pickle|shelve|marshal|dill|joblib|yaml)\b|\b(pickle|joblib|yaml)\.(load|unsafe)|_object_list|"
+        r"\btorch\.(jit\.)?load\((?!.*weights_only=True)|allow_pickle=True|read_pickle|hub\.load"
     )
     for folder in ("reco_fast", "kernels", "pipelines", "profiling"):
         for path in (ROOT / folder).rglob("*.py"):

@@ -1,6 +1,7 @@
 """Which folder a run goes to, and what it finds there."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,66 @@ def test_a_damaged_config_is_one_line(text: str, tmp_path: Path) -> None:
         run_folder.read_config(tmp_path)
     assert "config.json" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("train.epochs", "3"),
+        ("train.epochs", 3.5),
+        ("train.epochs", True),
+        ("train.epochs", None),
+        ("train.epochs", 10**30),
+        ("train.seed", -1),
+        ("train.compile", 1),
+        ("optim.lr", float("nan")),
+        ("optim.lr", float("inf")),
+        ("optim.lr", "0.1"),
+        ("data.path", 7),
+        ("data.path", "a\0b"),
+        ("data.path", "\ud800"),
+        ("data.loader", "fast"),
+        ("data.loader", ["dali"]),
+        ("model.arch", {}),
+        ("model.bank_size", 2**40),
+        ("run.dir", False),
+    ],
+)
+def test_a_value_of_a_wrong_type_is_one_line_that_names_it(place: str, value: object, tmp_path: Path) -> None:
+    values = Config().to_json()
+    section, field = place.split(".")
+    values[section][field] = value
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError) as caught:
+        run_folder.read_config(tmp_path)
+    shown = str(caught.value)
+    assert str(tmp_path / "config.json") in shown
+    assert field.replace("_", "-") in shown.replace("_", "-")
+    assert "\n" not in shown
+
+
+@pytest.mark.parametrize("text", ["[" * 10**5, '{"a":' * 10**5, "9" * 10_000, "\ufeff{}", '"\\ud800"', "null", "NaN"])
+def test_json_that_is_made_to_break_a_reader_is_one_line(text: str, tmp_path: Path) -> None:
+    for name in ("config.json", "metrics.jsonl"):
+        (tmp_path / name).write_text(text)
+    assert run_folder.finished(tmp_path) is None
+    with pytest.raises(ConfigError) as caught:
+        run_folder.read_config(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "config.json.tmp", "metrics.jsonl", "tensorboard", "checkpoints/x"])
+@pytest.mark.parametrize("kind", ["link", "dangling link", "pipe"])
+def test_links_and_pipes_in_a_run_folder_are_refused_and_not_followed(name: str, kind: str, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    if kind == "link":
+        outside.write_text("precious")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    if kind == "pipe":
+        os.mkfifo(tmp_path / "run" / name)
+    else:
+        (tmp_path / "run" / name).symlink_to(outside)
+    with pytest.raises(ConfigError, match="expected files and folders alone"):
+        make(tmp_path / "run", at(tmp_path / "run"))
+    assert outside.exists() == (kind == "link")
+    assert kind != "link" or outside.read_text() == "precious"

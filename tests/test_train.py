@@ -237,6 +237,33 @@ def test_sigterm_saves_and_the_same_command_goes_on(images: Path, tmp_path: Path
     assert lines[-1]["kind"] == "end"
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("images", "9"),
+        ("images", -1),
+        ("images", True),
+        ("seconds", float("nan")),
+        ("sums", [1.0, "x"]),
+        ("sums", None),
+        ("sums", [[1.0]]),
+        ("summed_steps", 1.5),
+        ("knn_top1", []),
+        ("fingerprint", 3),
+        ("watch", {"evaluations": [[1.0, 2.0, 3.0]]}),
+        ("watch", 1),
+        ("another", 1),
+    ],
+)
+def test_progress_of_a_wrong_type_is_one_line(
+    field: str, value: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(train.checkpoint, "load", lambda path, state: {field: value})
+    with pytest.raises(ConfigError, match="in its progress") as caught:
+        train.Progress.restore(tmp_path / "step", None)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
 def test_a_run_without_finite_gradients_gives_up(images: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no finite gradient in the last"):
         run(images, tmp_path / "run", "--train.epochs", 20, "--optim.lr", "1e30")
