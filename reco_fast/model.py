@@ -79,16 +79,19 @@ def _create(arch: str, image_size: int) -> nn.Module:
 
 def _without_classifier(backbone: nn.Module) -> nn.Module:
     """Replace the last linear layer, in every torchvision classifier the one that gives class scores."""
-    name = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)][-1]
-    parent, _, child = name.rpartition(".")
+    names = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
+    if not names:
+        kind = type(backbone).__name__
+        raise ConfigError(f"--model.arch: expected a backbone with a linear classifier to take off, got a {kind}")
+    parent, _, child = names[-1].rpartition(".")
     setattr(backbone.get_submodule(parent), child, nn.Identity())
     return backbone
 
 
 def _use_small_stem(backbone: nn.Module) -> None:
     """First convolution 3×3 with stride 1, and no max-pooling behind it. Patch-embedding stems stay as they are."""
-    name, first = next((n, m) for n, m in backbone.named_modules() if isinstance(m, nn.Conv2d))
-    if first.stride == (2, 2):
+    name, first = next(((n, m) for n, m in backbone.named_modules() if isinstance(m, nn.Conv2d)), ("", None))
+    if first is not None and first.stride == (2, 2):
         small = nn.Conv2d(first.in_channels, first.out_channels, 3, stride=1, padding=1, bias=first.bias is not None)
         parent, _, child = name.rpartition(".")
         setattr(backbone.get_submodule(parent), child, small)

@@ -63,6 +63,7 @@ def train(preset: str, config: Config) -> int:
     device = pick_device(config.train.device)
     with distributed.process_group(device):
         check_ranks(config)
+        check_loss(config, device)
         config, source, labelled = open_data(config)
         state = build_state(config, device)
         folder, resume_from = run_folder.choose(config, preset)
@@ -327,6 +328,18 @@ def check_ranks(config: Config) -> None:
             f"--model.norm-groups: expected at most half of the {rows} images that a rank normalises together, "
             f"got {config.model.norm_groups}"
         )
+
+
+def check_loss(config: Config, device: torch.device) -> None:
+    """Whether the loss can run as asked for."""
+    if config.loss.impl == "triton":
+        try:
+            from reco_fast.kernels.relation_loss import unsupported
+        except ImportError:
+            raise ConfigError("--loss.impl: expected auto, sdpa or torch where Triton is not installed") from None
+        reason = unsupported(torch.empty(1, config.model.projection_dim, device=device))
+        if reason is not None:
+            raise ConfigError(f"--loss.impl triton: {reason}")
 
 
 def evaluate(run: Run, state: TrainState, progress: Progress, log: RunLog) -> float | None:
