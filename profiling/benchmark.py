@@ -1,10 +1,14 @@
 """The whole step beside what one would run instead.
 
-    python -m reco_fast.profiling.benchmark --against naive supervised torchvision --output DIR
+    python -m reco_fast.profiling.benchmark --against naive,lightly,torchvision,supervised --output DIR
         [--model.arch ...] [--train.batch-size ...] [--model.bank-size ...] [--data.path IMAGES] ...
 
-naive: a plain reference step (`naive.py`). supervised: labels, cross-entropy and the same backbone with the same
-settings; by counted operations, 3 encoder passes an image against 8, a step should reach 3/8 of its images/s.
+naive: a plain reference step (`naive.py`).
+lightly: Lightly's MoCo (`lightly_moco.py`), as its example has it in float32 and with autocast; beside it the trainer
+    with --loss.objective moco too, which makes the same encoder passes (ReCo makes twice as many). With --data.path
+    also end to end, each with its own loader on the same image files.
+supervised: labels, cross-entropy and the same backbone with the same settings; by counted operations, 3 encoder passes
+    an image against 8, a step should reach 3/8 of its images/s.
 torchvision: the loaders, by `loader_benchmark.py`, on the images of --data.path.
 
 The contestants take turns in one process; a ratio is the median over the rounds of the ratios within a round. Writes
@@ -12,32 +16,44 @@ The contestants take turns in one process; a ratio is the median over the rounds
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from reco_fast import cli
 from reco_fast.config import Config, ConfigError, DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from reco_fast.data import loader_workers
 from reco_fast.json_files import write_json
-from reco_fast.model import build_encoder
-from reco_fast.optim import build_optimizer
-from reco_fast.profiling.naive import NaiveReCo
+from reco_fast.profiling import contestants
+from reco_fast.profiling.contestants import Contestant
 from reco_fast.run_folder import environment
-from reco_fast.state import build_state, pick_device, pick_precision
-from reco_fast.step import draw, scheduled, train_step
+from reco_fast.state import pick_device, pick_precision
 
-Opponent = Literal["naive", "supervised", "torchvision"]
+Opponent = Literal["naive", "lightly", "supervised", "torchvision"]
+OPPONENTS = get_args(Opponent)
 BOUND = 3 / 8  # 3 forward-units an image against 8: two forward-backward passes and two forward ones
-CLASSES = 100
+
+STEPS: dict[str, dict[str, Callable[[Config, torch.device], Contestant]]] = {
+    "naive": {"naive": contestants.naive},
+    "lightly": {
+        "ours, moco": contestants.moco,
+        "lightly": partial(contestants.lightly, autocast=False),
+        "lightly, autocast": partial(contestants.lightly, autocast=True),
+    },
+    "supervised": {"supervised": contestants.supervised},
+}
+"""Who comes for each opponent, by the name in the tables."""
 
 
 @dataclass(frozen=True)
@@ -81,60 +97,6 @@ class Turn(NamedTuple):
     """More memory than between steps, on CUDA; elsewhere 0."""
 
 
-def ours(config: Config, device: torch.device) -> Callable[[], object]:
-    state = build_state(config, device)
-    size = config.data.image_size
-    batch = (config.train.batch_size, 3, size, size)
-    views = tuple(torch.randn(batch, device=device).to(memory_format=torch.channels_last) for _ in range(3))
-    if device.type == "cuda":
-        views = tuple(view.half() for view in views)  # as the loaders give them
-    count = 3 if config.loss.uses_global else 2
-
-    def step() -> None:
-        draws = draw(state.step, config.train.batch_size, config, device)
-        train_step(state, config, views[:count], draws, scheduled(state.step, 1000, config))
-
-    return step
-
-
-def naive(config: Config, device: torch.device) -> Callable[[], object]:
-    model = NaiveReCo(config, device)
-    size = config.data.image_size
-    views = tuple(torch.randn(config.train.batch_size, 3, size, size, device=device) for _ in range(3))
-    permutation = torch.randperm(config.train.batch_size, device=device)
-    mix_weights = torch.full((size, size), 0.5, device=device)
-    return lambda: model.step(views, permutation, mix_weights)
-
-
-def supervised(config: Config, device: torch.device) -> Callable[[], object]:
-    """The same backbone, precision, memory format, optimizer and compiler; a linear layer and labels instead."""
-    encoder = build_encoder(config.model, config.data.image_size)
-    model = nn.Sequential(encoder.backbone, nn.Linear(encoder.feature_dim, CLASSES))
-    model = model.to(device).to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(model, config.optim)
-    precision = pick_precision(config.train.precision, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    compiled = config.train.compile if config.train.compile is not None else device.type == "cuda"
-    run: Callable[..., Any] = torch.compile(model) if compiled else model
-    size = config.data.image_size
-    images = torch.randn(config.train.batch_size, 3, size, size, device=device)
-    images = images.to(memory_format=torch.channels_last, dtype=torch.half if device.type == "cuda" else None)
-    labels = torch.randint(CLASSES, (config.train.batch_size,), device=device)
-
-    def step() -> None:
-        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            loss = F.cross_entropy(run(images).float(), labels)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
-STEPS: dict[str, Callable[[Config, torch.device], Callable[[], object]]] = {"naive": naive, "supervised": supervised}
-
-
 def take_turn(step: Callable[[], object], steps: int, device: torch.device) -> Turn:
     before = 0
     if device.type == "cuda":
@@ -150,41 +112,71 @@ def take_turn(step: Callable[[], object], steps: int, device: torch.device) -> T
     return Turn(seconds, cpu_seconds, torch.cuda.max_memory_allocated() - before if device.type == "cuda" else 0)
 
 
-def compare_steps(benchmark: Benchmark, names: Sequence[str], device: torch.device) -> dict[str, Any]:
-    """`rounds`: every turn; `results`: for each contestant images/s and how many times as fast ours is."""
-    config = benchmark.config
-    contestants = {"ours": ours(config, device)} | {name: STEPS[name](config, device) for name in names}
-    for step in contestants.values():
-        take_turn(step, benchmark.warmup, device)
-    turns: list[dict[str, Turn]] = []
-    for number in range(benchmark.rounds):
-        order = list(contestants) if number % 2 == 0 else list(contestants)[::-1]
-        turns.append({name: take_turn(contestants[name], benchmark.steps, device) for name in order})
-    results: dict[str, dict[str, Any]] = {}
-    for name in contestants:
-        seconds = statistics.median(turn[name].seconds_per_step for turn in turns)
-        ratios = [turn[name].seconds_per_step / turn["ours"].seconds_per_step for turn in turns]
-        cpu_ratios = [turn[name].cpu_seconds_per_step / turn["ours"].cpu_seconds_per_step for turn in turns]
-        results[name] = {
-            "step_ms": 1e3 * seconds,
-            "images_per_second": config.train.batch_size / seconds,
-            "ours_times_as_fast": statistics.median(ratios),
-            "ours_times_as_fast_range": [min(ratios), max(ratios)],
-            "cpu_ms": 1e3 * statistics.median(turn[name].cpu_seconds_per_step for turn in turns),
-            "cpu_time_ratio": statistics.median(cpu_ratios),
-            "cpu_time_ratio_range": [min(cpu_ratios), max(cpu_ratios)],
-            "step_memory_mib": max(turn[name].peak_bytes for turn in turns) / 2**20 if device.type == "cuda" else None,
-        }
+def compare_steps(benchmark: Benchmark, entered: Mapping[str, Contestant], device: torch.device) -> dict[str, Any]:
+    """Each on a batch in memory, again and again. `rounds`: every turn; `results`: what `_summary` says."""
+
+    def turn(name: str, steps: int) -> Turn:
+        contestant = entered[name]
+        return take_turn(lambda: contestant.train(contestant.views), steps, device)
+
+    for name in entered:
+        turn(name, benchmark.warmup)
+    turns = _alternate(list(entered), benchmark.rounds, lambda name: turn(name, benchmark.steps))
+    results = _summary(turns, benchmark.train.batch_size)
+    for name, row in results.items():
+        cpu = [round_[name].cpu_seconds_per_step / round_["ours"].cpu_seconds_per_step for round_ in turns]
+        row["cpu_ms"] = 1e3 * statistics.median(round_[name].cpu_seconds_per_step for round_ in turns)
+        row["cpu_time_ratio"], row["cpu_time_ratio_range"] = statistics.median(cpu), [min(cpu), max(cpu)]
+        peak = max(round_[name].peak_bytes for round_ in turns)
+        row["step_memory_mib"] = peak / 2**20 if device.type == "cuda" else None
     if "supervised" in results:
         results["supervised"]["ours_share_of_bound"] = results["supervised"]["ours_times_as_fast"] / BOUND
-    rounds = [{name: turn._asdict() for name, turn in round_.items()} for round_ in turns]
-    return {"results": results, "rounds": rounds}
+    return {"results": results, "rounds": _plain(turns)}
+
+
+def compare_end_to_end(benchmark: Benchmark, entered: Mapping[str, Contestant], device: torch.device) -> dict[str, Any]:
+    """From image files: each with its own loader, which no other contestant's is beside."""
+    # So many steps that what a loader made ahead while nobody asked is used up before the clock starts.
+    lead = max(benchmark.warmup, 2 * loader_workers(benchmark.data) + 2)
+
+    def turn(name: str) -> Turn:
+        contestant = entered[name]
+        assert contestant.batches is not None
+        with closing(contestant.batches()) as batches:
+            take_turn(lambda: contestant.train(next(batches)), lead, device)
+            return take_turn(lambda: contestant.train(next(batches)), benchmark.steps, device)
+
+    turns = _alternate([name for name in entered if entered[name].batches is not None], benchmark.rounds, turn)
+    return {"results": _summary(turns, benchmark.train.batch_size), "rounds": _plain(turns), "steps_before": lead}
+
+
+def _alternate(names: list[str], rounds: int, turn: Callable[[str], Turn]) -> list[dict[str, Turn]]:
+    """Forwards in one round, backwards in the next, so that nobody always comes first."""
+    return [{name: turn(name) for name in (names if number % 2 == 0 else names[::-1])} for number in range(rounds)]
+
+
+def _summary(turns: list[dict[str, Turn]], batch_size: int) -> dict[str, dict[str, Any]]:
+    """For each contestant, ours first, its images/s and how many times as fast ours, and ours with MoCo's loss, is."""
+    results: dict[str, dict[str, Any]] = {}
+    for name in turns[0]:
+        seconds = statistics.median(turn[name].seconds_per_step for turn in turns)
+        results[name] = {"step_ms": 1e3 * seconds, "images_per_second": batch_size / seconds}
+        for key, reference in (("ours_times_as_fast", "ours"), ("moco_times_as_fast", "ours, moco")):
+            if reference in turns[0]:
+                ratios = [turn[name].seconds_per_step / turn[reference].seconds_per_step for turn in turns]
+                results[name][key], results[name][f"{key}_range"] = (
+                    statistics.median(ratios),
+                    [min(ratios), max(ratios)],
+                )
+    return results
+
+
+def _plain(turns: list[dict[str, Turn]]) -> list[dict[str, Any]]:
+    return [{name: turn._asdict() for name, turn in round_.items()} for round_ in turns]
 
 
 def compare_loaders(benchmark: Benchmark) -> dict[str, Any]:
     """What `loader_benchmark.py` measures, in a process of its own: worker processes want no model's threads."""
-    if benchmark.data.path is None:
-        raise ConfigError("--data.path: expected a folder of images for --against torchvision, got nothing")
     command = [sys.executable, "-m", "reco_fast.profiling.loader_benchmark", "--data.path", str(benchmark.data.path)]
     command += ["--image-size", str(benchmark.data.image_size), "--rounds", str(benchmark.rounds)]
     command += ["--batch-size", str(benchmark.train.batch_size)]
@@ -203,25 +195,33 @@ def markdown(report: dict[str, Any]) -> str:
         f"K = {config['model']['bank_size']:,}, {report['precision']}, {report['device']}, "
         f"torch {report['environment']['packages']['torch']}, commit {commit[:7]}",
     ]
-    if "steps" in report:
-        header = "| step | ms | images/s | ours is × as fast (rounds) | CPU ms | × ours (rounds) |"
-        lines += ["", header, "|---|" + 5 * "---|"]
-        for name, row in report["steps"]["results"].items():
-            wall, cpu = (
-                f"{row[ratio]:.2f} ({row[f'{ratio}_range'][0]:.2f}–{row[f'{ratio}_range'][1]:.2f})"
-                for ratio in ("ours_times_as_fast", "cpu_time_ratio")
-            )
-            rate = f"{row['images_per_second']:,.1f}"
-            lines.append(f"| {name} | {row['step_ms']:.1f} | {rate} | {wall} | {row['cpu_ms']:.1f} | {cpu} |")
-        bound = report["steps"]["results"].get("supervised")
-        if bound is not None:
-            share = 100 * bound["ours_share_of_bound"]
-            lines += ["", f"Of the bound, 3/8 of supervised images/s, the step reaches {share:.0f} %."]
+    for part in ("steps", "end_to_end"):
+        if part in report:
+            lines += ["", *_table(part.replace("_", " "), report[part]["results"])]
+    bound = report.get("steps", {}).get("results", {}).get("supervised")
+    if bound is not None:
+        share = 100 * bound["ours_share_of_bound"]
+        lines += ["", f"Of the bound, 3/8 of supervised images/s, the step reaches {share:.0f} %."]
     if "loaders" in report:
         lines += ["", "| loader | images/s | × torchvision |", "|---|---|---|"]
         for name, row in report["loaders"]["results"].items():
             lines.append(f"| {name} | {row['images_per_second']:,.0f} | {row['times']['torchvision']:.2f} |")
     return "\n".join(lines) + "\n"
+
+
+def _table(title: str, results: dict[str, dict[str, Any]]) -> list[str]:
+    """A row for each contestant; ratios as median (smallest–largest)."""
+    columns = {"ours is × as fast": "ours_times_as_fast", "ours, moco, is": "moco_times_as_fast"}
+    columns["CPU time, × ours"] = "cpu_time_ratio"
+    columns = {head: key for head, key in columns.items() if all(key in row for row in results.values())}
+    lines = [f"| {' | '.join([title, 'ms', 'images/s', *columns])} |", "|---|" + (2 + len(columns)) * "---|"]
+    for name, row in results.items():
+        cells = [name, f"{row['step_ms']:.1f}", f"{row['images_per_second']:,.1f}"]
+        for key in columns.values():
+            low, high = row[f"{key}_range"]
+            cells.append(f"{row[key]:.2f} ({low:.2f}–{high:.2f})")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
@@ -230,51 +230,74 @@ def plot(report: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    parts = [(key, report[key]["results"]) for key in ("steps", "loaders") if key in report]
+    parts = [(key, report[key]["results"]) for key in ("steps", "end_to_end", "loaders") if key in report]
     figure, axes = pyplot.subplots(1, len(parts), figsize=(5 * len(parts), 2.6), squeeze=False, layout="constrained")
     for axis, (title, results) in zip(axes[0], parts, strict=True):
         bars = axis.barh(list(results), [row["images_per_second"] for row in results.values()], color="#4477aa")
         axis.bar_label(bars, fmt="{:,.0f}", padding=3)
         axis.margins(x=0.18)
         axis.invert_yaxis()
-        axis.set(xlabel="images/s", title=title)
+        axis.set(xlabel="images/s", title=title.replace("_", " "))
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
 def main() -> int:
+    # "naive,lightly" as well as "naive lightly"
+    words = [word for a in sys.argv[1:] for word in (a.split(",") if set(a.split(",")) & set(OPPONENTS) else [a])]
     prog = "python -m reco_fast.profiling.benchmark"
-    benchmark = cli.parse(Benchmark, sys.argv[1:], prog=prog, description=__doc__ or "", default=DEFAULT)
-    config = benchmark.config
+    benchmark = cli.parse(Benchmark, words, prog=prog, description=__doc__ or "", default=DEFAULT)
+    check(benchmark)
+    config, against = benchmark.config, benchmark.against
     device = pick_device(config.train.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     report: dict[str, Any] = {
-        "device": name,
+        "device": device_name(device),
         "precision": str(pick_precision(config.train.precision, device)).removeprefix("torch."),
         "environment": environment(),
         "config": config.to_json(),
         "rounds": benchmark.rounds,
         "steps_per_turn": benchmark.steps,
     }
-    names = [name for name in STEPS if name in benchmark.against]
-    if "naive" in names and config.loss.objective != "reco":
-        raise ConfigError(f"--loss.objective: expected reco for --against naive, got {config.loss.objective}")
-    if "naive" in names and config.model.bank_size % config.train.batch_size:
-        raise ConfigError(
-            f"--model.bank-size: expected a multiple of the batch {config.train.batch_size} for --against naive, "
-            f"got {config.model.bank_size}"
-        )
-    if "torchvision" in benchmark.against:
+    if "torchvision" in against:
         report["loaders"] = compare_loaders(benchmark)
-    if names:
-        report["steps"] = compare_steps(benchmark, names, device)
+    makers = {
+        name: make for opponent, entries in STEPS.items() if opponent in against for name, make in entries.items()
+    }
+    if makers:
+        entered = {name: make(config, device) for name, make in {"ours": contestants.trainer, **makers}.items()}
+        report["steps"] = compare_steps(benchmark, entered, device)
+        if "lightly" in against and benchmark.data.path is not None:
+            report["end_to_end"] = compare_end_to_end(benchmark, entered, device)
+    if "lightly" in against:
+        report["environment"]["packages"]["lightly"] = version("lightly")
     benchmark.output.mkdir(parents=True, exist_ok=True)
     write_json(benchmark.output / "step.json", report)
     (benchmark.output / "step.md").write_text(markdown(report), encoding="utf-8")
     plot(report, benchmark.output / "step.png")
     print(markdown(report), end="")
     return 0
+
+
+def check(benchmark: Benchmark) -> None:
+    """What the opponents ask for. Raises ConfigError."""
+    config = benchmark.config
+    if "naive" in benchmark.against and config.loss.objective != "reco":
+        raise ConfigError(f"--loss.objective: expected reco for --against naive, got {config.loss.objective}")
+    if "naive" in benchmark.against and config.model.bank_size % config.train.batch_size:
+        raise ConfigError(
+            f"--model.bank-size: expected a multiple of the batch {config.train.batch_size} for --against naive, "
+            f"got {config.model.bank_size}"
+        )
+    if "torchvision" in benchmark.against and config.data.path is None:
+        raise ConfigError("--data.path: expected a folder of images for --against torchvision, got nothing")
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    held = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    return f"CPU, {torch.get_num_threads()} threads" + (f", oneDNN held to {held}" if held else "")
 
 
 if __name__ == "__main__":

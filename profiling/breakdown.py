@@ -65,13 +65,17 @@ def read_trace(path: Path) -> Breakdown:
     """Raises ConfigError where the file holds no recorded training step."""
     try:
         content = path.read_bytes()
-        events = json.loads(gzip.decompress(content) if path.suffix == ".gz" else content)["traceEvents"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return _breakdown(json.loads(gzip.decompress(content) if path.suffix == ".gz" else content)["traceEvents"])
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: expected a trace of torch.profiler, got {type(error).__name__}: {error}") from None
+
+
+def _breakdown(events: Sequence[dict[str, Any]]) -> Breakdown:
+    """Raises ValueError without a recorded step."""
     timed = [event for event in events if event.get("ph") == "X"]
     host_windows = _windows(timed, "user_annotation")
     if not host_windows:
-        raise ConfigError(f"{path}: expected recorded training steps, got none")
+        raise ValueError("no recorded training steps")
     # The host may run ahead of a GPU by several steps, so that its own clock says how long the steps take.
     windows = _windows(timed, "gpu_user_annotation") or host_windows
     kernels = [event for event in timed if event.get("cat") in DEVICE_CATEGORIES]

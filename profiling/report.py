@@ -15,7 +15,7 @@ import tyro
 
 from reco_fast import cli
 from reco_fast.config import Config, ConfigError
-from reco_fast.json_files import parse_json, read_text, write_text
+from reco_fast.json_files import parse_json, read_json, read_text, write_text
 from reco_fast.profiling.breakdown import Breakdown, newest_trace, read_trace
 from reco_fast.run_folder import read_config
 from reco_fast.typed import one_line
@@ -33,15 +33,20 @@ class Verdict(NamedTuple):
     advice: str
 
 
-def judge(found: Breakdown, config: Config) -> Verdict:
-    """What bounds the step. The first that holds of: waiting for data, waiting for other ranks, a device (or operators)
-    idle while the host works, then the kind of work that fills most of the time."""
+def judge(found: Breakdown, config: Config, *, has_dali: bool = True) -> Verdict:
+    """What bounds the step, and the setting to try on a machine with or without DALI.
+
+    The first that holds of: waiting for data, waiting for other ranks, a device (or operators) idle while the host
+    works, then the kind of work that fills most of the time.
+    """
     waited = found.share("data_wait")
     idle = 1 - found.busy
     # On a GPU the host may wait for data while the device still works: only what leaves it idle costs time.
     lost = min(waited, idle) if found.device == "GPU" else waited
     if lost > MATTERS:
-        return Verdict("data", f"{lost:.0%} of the step passes in waiting for the next batch", _data_advice(config))
+        return Verdict(
+            "data", f"{lost:.0%} of the step passes in waiting for the next batch", _data_advice(config, has_dali)
+        )
     if found.exposed_communication > MATTERS:
         return Verdict(
             "communication",
@@ -66,7 +71,9 @@ def judge(found: Breakdown, config: Config) -> Verdict:
     )
 
 
-def _data_advice(config: Config) -> str:
+def _data_advice(config: Config, has_dali: bool) -> str:
+    if not has_dali:
+        return "--data.loader dali: pip install 'reco-fast[dali]'; one decode for all views, in threads"
     if config.data.loader == "torch":
         return "--data.loader dali: one decode for all views, in threads instead of processes"
     if config.data.workers:
@@ -109,7 +116,8 @@ def _compiled(found: Breakdown, config: Config) -> bool:
 def training_lines(run: Path) -> list[dict[str, Any]]:
     """What the run logged. Raises ConfigError where it logged nothing."""
     path = run / "metrics.jsonl"
-    lines = [parse_json(line, path) for line in read_text(path).splitlines()]
+    # A kill may cut the last line short.
+    lines = [parse_json(line, path) for line in read_text(path).splitlines() if line.endswith("}")]
     train = [line for line in lines if isinstance(line, dict) and line.get("kind") == "train"]
     for line in train:
         for name in NUMBERS:
@@ -120,9 +128,17 @@ def training_lines(run: Path) -> list[dict[str, Any]]:
     return train
 
 
-def page(run: Path, found: Breakdown, logged: list[dict[str, Any]], config: Config) -> str:
-    verdict = judge(found, config)
+def had_dali(run: Path) -> bool:
+    """Whether DALI was installed where the run trained; yes if nobody noted it."""
+    path = run / "environment.json"
+    noted = read_json(path) if path.exists() else None
+    packages = noted.get("packages") if isinstance(noted, dict) else None
+    if not isinstance(packages, dict):
+        return True
+    return any(packages[name] for name in packages if name.startswith("nvidia-dali"))
 
+
+def page(run: Path, found: Breakdown, logged: list[dict[str, Any]], config: Config, verdict: Verdict) -> str:
     def median(name: str) -> float | None:
         values = [line[name] for line in logged if line.get(name) is not None]
         return statistics.median(values) if values else None
@@ -133,8 +149,10 @@ def page(run: Path, found: Breakdown, logged: list[dict[str, Any]], config: Conf
     if (utilisation := median("model_flops_utilisation")) is not None:
         speed.append(f"model FLOPs at {utilisation:.1%} of a large matrix product's rate")
     lines = [
-        f"{run}: {config.loss.objective} with {config.model.arch}, {config.data.image_size} px, "
-        f"batch {config.train.batch_size}, K = {config.model.bank_size:,}, on a {found.device}",
+        _printable(
+            f"{run}: {config.loss.objective} with {config.model.arch}, {config.data.image_size} px, "
+            f"batch {config.train.batch_size}, K = {config.model.bank_size:,}, on a {found.device}"
+        ),
         "",
         f"whole run, medians: {'; '.join(speed)}",
         f"recorded: {found.steps} steps of {found.step_ms:,.1f} ms under the profiler, which itself takes time",
@@ -146,6 +164,11 @@ def page(run: Path, found: Breakdown, logged: list[dict[str, Any]], config: Conf
         f"try:   {verdict.advice}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _printable(text: str) -> str:
+    """One line that any terminal shows: file names need not be UTF-8."""
+    return one_line(text).encode("utf-8", "backslashreplace").decode()
 
 
 def _bar(name: str, ms: float, step_ms: float) -> str:
@@ -196,10 +219,11 @@ def report(command: ReportCommand) -> int:
     run = command.run_dir
     found = read_trace(newest_trace(run))
     config, logged = read_config(run), training_lines(run)
-    text = page(run, found, logged, config)
-    print("\n".join(map(one_line, text.splitlines())))
+    verdict = judge(found, config, has_dali=had_dali(run))
+    text = page(run, found, logged, config, verdict)
+    print(text, end="")
     write_text(run / "profile.txt", text)
-    picture(found, logged, judge(found, config), run / "profile.png")
+    picture(found, logged, verdict, run / "profile.png")
     return 0
 
 

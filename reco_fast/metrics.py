@@ -91,7 +91,7 @@ class RunLog:
             return
         _drop_lines_after(directory / "metrics.jsonl", first_step)
         self._file = open(directory / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
-        self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step or None)
+        self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step or None, flush_secs=2)
         self._tensorboard.add_custom_scalars(CHARTS)
         self._progress: Progress | None = None
         if sys.stdout.isatty():

@@ -135,9 +135,14 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 where there are matrix units for it (AMX on a CPU), else float16 on CUDA, float32 on a CPU."""
+    """`auto`: bfloat16 where there are matrix units for it (AMX on a CPU), else float16 on CUDA, float32 on a CPU.
+
+    A CPU whose AMX oneDNN is told not to use (ONEDNN_MAX_CPU_ISA) counts as one without.
+    """
     if name != "auto":
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    has_amx = torch.cpu._is_amx_tile_supported() and (allowed in ("", "ALL", "DEFAULT") or "AMX" in allowed)
+    return torch.bfloat16 if has_amx else torch.float32

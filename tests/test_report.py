@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,26 @@ def test_the_report_of_a_run(
     assert (run / "profile.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "no json", "no steps", "no config"])
+def test_a_name_of_any_bytes_and_a_log_cut_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Killed while it wrote; and without DALI, which the page then advises."""
+    pytest.importorskip("matplotlib")
+    run = tmp_path / os.fsdecode(b"a\nb\xff")
+    write(run, cpu_trace(2, wait=50, mm=50))
+    (run / "config.json").write_text(json.dumps(Config().to_json()))
+    (run / "environment.json").write_text('{"packages": {"torch": "2", "nvidia-dali-cuda130": null}}')
+    line = {"kind": "train", "step": 2, "images_per_second": 5.0, "data_wait_fraction": 0.5}
+    (run / "metrics.jsonl").write_text(json.dumps(line) + '\n{"kind": "train", "st')
+    assert report.report(report.ReportCommand(run)) == 0
+    text = capsys.readouterr().out
+    assert text.splitlines()[0].startswith(f"{tmp_path}/a\\nb\\udcff: reco with")
+    assert "bound: data" in text
+    assert "reco-fast[dali]" in text
+    assert (run / "profile.txt").read_text() == text
+
+
+@pytest.mark.parametrize(
+    "kind", ["missing", "empty", "no json", "cut gzip", "no events", "no steps", "no config", "no log", "foreign log"]
+)
 def test_what_is_no_profiled_run_is_one_line_and_exit_2(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -166,8 +186,17 @@ def test_what_is_no_profiled_run_is_one_line_and_exit_2(
         write(run, []).write_text('{"traceEvents": [')
     if kind == "no steps":
         write(run, [event("aten::mm", "cpu_op", 0, 1)])
-    if kind == "no config":
+    if kind == "cut gzip":
+        path = write(run, cpu_trace(2, mm=1), "host_1.1.pt.trace.json.gz")
+        path.write_bytes(path.read_bytes()[:-20])
+    if kind == "no events":
+        write(run, []).write_text('{"traceEvents": [1, 2]}')
+    if kind in ("no config", "no log", "foreign log"):
         write(run, cpu_trace(2, mm=1))
+    if kind in ("no log", "foreign log"):
+        (run / "config.json").write_text(json.dumps(Config().to_json()))
+    if kind == "foreign log":
+        (run / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n')
     monkeypatch.setattr(sys, "argv", ["report", str(run)])
     with pytest.raises(SystemExit) as stop:
         report.main()

@@ -1,17 +1,20 @@
 """The whole step beside a plain one: they compute the same, the benchmark says which is faster, and why it can be."""
 
+import dataclasses
 import json
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from reco_fast.config import Config, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from reco_fast.config import Config, DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from reco_fast.losses import reco_loss
 from reco_fast.profiling import benchmark
 from reco_fast.profiling.naive import NaiveReCo
-from reco_fast.state import build_state
+from reco_fast.state import build_state, pick_precision
 from reco_fast.step import Schedule, draw, train_step
 
 CPU = torch.device("cpu")
@@ -69,7 +72,7 @@ def test_the_benchmark_leaves_its_figures_with_what_they_were_measured_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib")
-    assert run(monkeypatch, "--against", "naive", "supervised", "--output", tmp_path / "out") == 0
+    assert run(monkeypatch, "--against", "naive,supervised", "--output", tmp_path / "out") == 0
     report = json.loads((tmp_path / "out" / "step.json").read_text())
     rounds, results = report["steps"]["rounds"], report["steps"]["results"]
     assert set(results) == {"ours", "naive", "supervised"}
@@ -87,6 +90,71 @@ def test_the_benchmark_leaves_its_figures_with_what_they_were_measured_on(
     assert (tmp_path / "out" / "step.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_lightly_is_compared_by_the_step_and_from_the_same_files(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, photographs: Path
+) -> None:
+    pytest.importorskip("lightly")
+    pytest.importorskip("matplotlib")
+    where = ["--data.path", photographs, "--output", tmp_path, "--data.workers", 1, "--train.precision", "bf16"]
+    assert run(monkeypatch, "--against", "lightly,supervised", "--rounds", 1, *where) == 0
+    report = json.loads((tmp_path / "step.json").read_text())
+    names = ["ours", "ours, moco", "lightly", "lightly, autocast"]
+    assert list(report["steps"]["results"]) == [*names, "supervised"]
+    assert list(report["end_to_end"]["results"]) == names
+    (turn,), lightly = report["end_to_end"]["rounds"], report["end_to_end"]["results"]["lightly"]
+    seconds = {name: turn[name]["seconds_per_step"] for name in names}
+    assert lightly["ours_times_as_fast"] == pytest.approx(seconds["lightly"] / seconds["ours"])
+    assert lightly["moco_times_as_fast"] == pytest.approx(seconds["lightly"] / seconds["ours, moco"])
+    assert lightly["images_per_second"] == pytest.approx(16 / seconds["lightly"])
+    # Lightly decodes 20 photographs a step of 500 × 375 pixels, which a batch in memory does not ask for.
+    assert seconds["lightly"] > report["steps"]["rounds"][0]["lightly"]["seconds_per_step"]
+    assert report["environment"]["packages"]["lightly"]
+    assert (tmp_path / "step.md").read_text().count("| lightly, autocast |") == 2
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_lightlys_step_learns_with_the_loss_that_ours_has(photographs: Path, autocast: bool) -> None:
+    """The opponent is no straw man: its loss is MoCo's over K past keys, and training lowers it."""
+    pytest.importorskip("lightly")
+    from reco_fast.profiling import lightly_moco
+
+    torch.manual_seed(0)
+    config = dataclasses.replace(
+        CONFIG,
+        data=DataConfig(path=photographs, workers=1),
+        optim=OptimConfig(lr=0.01),
+        train=TrainConfig(batch_size=16, precision="bf16"),
+    )
+    with closing(lightly_moco.batches(config, CPU)) as batches:
+        given = next(batches)
+    assert [tuple(view.shape) for view in given] == [(16, 3, 32, 32)] * 2
+    assert not torch.equal(*given)
+    model = lightly_moco.LightlyMoCo(config, CPU, autocast=autocast)
+    start = [parameter.clone() for parameter in model.teacher.parameters()]
+    key, bank = model.teacher(given[1]), model.loss.memory_bank.bank.clone()
+
+    def moco() -> float:
+        with torch.no_grad():
+            query = model.student(given[0])
+        return float(reco_loss(query, None, key, None, bank, None, None, 1.0, global_weight=0, local_weight=0)[0])
+
+    first = moco()
+    assert float(model.step(given)) == pytest.approx(first, rel=0.02 if autocast else 1e-4)
+    assert moco() < first - 0.02  # of the same keys and negatives
+    for _ in range(3):
+        model.step(given)
+    assert int(model.loss.memory_bank.bank_ptr) == 0  # four batches of 16 fill a bank of 64
+    assert any(not torch.equal(a, b) for a, b in zip(start, model.teacher.parameters(), strict=True))
+
+
+def test_without_lightly_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "lightly.data", None)
+    monkeypatch.delitem(sys.modules, "reco_fast.profiling.lightly_moco", raising=False)
+    monkeypatch.delattr("reco_fast.profiling.lightly_moco", raising=False)
+    with pytest.raises(benchmark.ConfigError, match=r"lightly.*reco-fast\[examples\]"):
+        run(monkeypatch, "--against", "lightly", "--output", tmp_path / "out")
+
+
 def test_the_loaders_are_compared_by_their_own_benchmark(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, photographs: Path
 ) -> None:
@@ -97,6 +165,23 @@ def test_the_loaders_are_compared_by_their_own_benchmark(
     report = json.loads((tmp_path / "step.json").read_text())
     assert report["loaders"]["results"]["torchvision"]["times"]["torchvision"] == 1
     assert "steps" not in report
+
+
+@pytest.mark.parametrize(
+    ("isa", "precision"),
+    [(None, "bfloat16"), ("ALL", "bfloat16"), ("avx512_core_amx", "bfloat16"), ("AVX512_CORE", "float32")],
+)
+def test_auto_precision_asks_what_onednn_may_use(
+    monkeypatch: pytest.MonkeyPatch, isa: str | None, precision: str
+) -> None:
+    if isa is None:
+        monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    else:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", isa)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert pick_precision("auto", CPU) == getattr(torch, precision)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert pick_precision("auto", CPU) == torch.float32
 
 
 @pytest.mark.parametrize(

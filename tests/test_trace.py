@@ -1,5 +1,6 @@
 """A profiled run leaves a trace with every named range, and TensorBoard shows it."""
 
+import gzip
 import itertools
 import json
 import os
@@ -11,6 +12,7 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlencode
@@ -22,23 +24,26 @@ from reco_fast import train
 from reco_fast.config import Config, ModelConfig, TrainConfig
 from reco_fast.profiling.flops import matmul_rate, step_flops
 from reco_fast.profiling.trace import REGIONS, trace
-from reco_fast.state import build_state
+from reco_fast.state import TrainState, build_state
+from reco_fast.step import train_step
 
 T = TypeVar("T")
+THROUGHPUT = ("images_per_second", "data_wait_fraction", "step_ms_p50", "step_ms_p95", "model_flops_utilisation")
 ACTIVE = 3
 CPU = torch.device("cpu")
+PROFILER = "data/plugin/pytorch_profiler"
+TINY = (
+    "cifar10 --model.arch timm/test_resnet --model.bank-size 32 --train.batch-size 16 --train.device cpu "
+    "--train.epochs 2 --run.log-every 2"
+).split()
 
 
 @pytest.fixture(scope="module")
 def profiled(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a short profiled run."""
     run = tmp_path_factory.mktemp("profiled") / "run"
-    arguments = (
-        "cifar10 --model.arch timm/test_resnet --model.bank-size 32 --train.batch-size 16 --train.device cpu "
-        f"--train.epochs 2 --run.log-every 2 --profile.enabled --profile.wait 1 --profile.warmup 1 "
-        f"--profile.active {ACTIVE}"
-    )
-    assert train.train(*train.parse([*arguments.split(), "--data.path", str(photographs), "--run.dir", str(run)])) == 0
+    profile = f"--profile.enabled --profile.wait 1 --profile.warmup 1 --profile.active {ACTIVE}".split()
+    assert train.train(*train.parse([*TINY, *profile, "--data.path", str(photographs), "--run.dir", str(run)])) == 0
     return run
 
 
@@ -126,26 +131,24 @@ window.google = {charts: {load: () => Promise.resolve()}, visualization: new Pro
 """
 
 
-@pytest.fixture
-def tensorboard(profiled: Path) -> Iterator[str]:
-    """The address of a TensorBoard on the run's folder."""
-    pytest.importorskip("torch_tb_profiler", reason="torch-tb-profiler is not installed (the extra `profile`)")
+@contextmanager
+def tensorboard(folder: Path) -> Iterator[str]:
+    """The address of a TensorBoard on `folder`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(profiled), "--port", str(port)]
-    server = subprocess.Popen([*command, "--host", "127.0.0.1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    address = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--reload_interval", "1"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        wait_for(lambda: fetch(address, "runs")["runs"], "TensorBoard to load the run")
-        yield address
+        yield f"http://127.0.0.1:{port}"
     finally:
-        server.terminate()
-        server.wait(timeout=30)
+        server.kill()
+        server.wait()
 
 
-@pytest.fixture
-def browser(tmp_path: Path) -> Iterator[Any]:
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Headless Chromium that reaches this machine alone."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (the extra `test`)")
     programs = [shutil.which(name) for name in ("chromium", "chromedriver")]
@@ -159,49 +162,90 @@ def browser(tmp_path: Path) -> Iterator[Any]:
     ).split():
         options.add_argument(flag)
     options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1")
-    options.add_argument(f"--user-data-dir={tmp_path / 'chromium'}")
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(programs[1]))
-    driver.set_script_timeout(60)
+    driver.set_script_timeout(180)
     driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": CHARTS})
     yield driver
     driver.quit()
 
 
-def test_tensorboard_shows_the_run_the_overview_and_the_ranges(tensorboard: str, browser: Any, tmp_path: Path) -> None:
-    pictures = Path(os.environ.get("RECO_FAST_SCREENSHOTS", tmp_path))
-    browser.get(f"{tensorboard}/#pytorch_profiler")
-    frame = wait_for(lambda: browser.find_elements("css selector", "iframe"), "the profiler's tab")[0]
-    browser.switch_to.frame(frame)
+def test_tensorboard_shows_the_run_the_overview_and_the_ranges(profiled: Path, browser: Any, tmp_path: Path) -> None:
+    pytest.importorskip("torch_tb_profiler", reason="torch-tb-profiler is not installed (the extra `profile`)")
 
     def text() -> str:
         return str(browser.find_element("css selector", "body").text)
 
-    wait_for(lambda: "CPU Exec" in text(), "the overview")
-    for shown in ("Overview", "Configuration", "Step Time Breakdown", "CPU Exec", socket.gethostname()):
-        assert shown in text(), shown
-    browser.save_screenshot(str(pictures / "tensorboard-overview.png"))
+    with tensorboard(profiled) as address:
+        (run,) = wait_for(lambda: fetch(address, f"{PROFILER}/runs")["runs"], "TensorBoard to load the run")
+        scalars = wait_for(lambda: fetch(address, "data/plugin/scalars/tags").get("tensorboard"), "the run's scalars")
+        assert {f"train/{name}" for name in THROUGHPUT} <= set(scalars)
+        browser.get(f"{address}/#pytorch_profiler")
+        frame = wait_for(lambda: browser.find_elements("css selector", "iframe"), "the profiler's tab")[0]
+        browser.switch_to.frame(frame)
+        wait_for(lambda: "CPU Exec" in text(), "the overview")
+        for shown in ("Overview", "Configuration", "Step Time Breakdown", "CPU Exec", socket.gethostname()):
+            assert shown in text(), shown
+        keep_picture(browser, "tensorboard-overview.png", tmp_path)
 
-    # What the Trace view draws, fetched as its page does. To draw it the page loads a polyfill from the internet.
-    (run,) = fetch(tensorboard, "runs")["runs"]
-    (worker,) = fetch(tensorboard, "workers", run=run, view="Trace")
-    (span,) = fetch(tensorboard, "spans", run=run, worker=worker)
-    drawn = browser.execute_async_script(
-        "const [query, done] = arguments;"
-        "fetch('/data/plugin/pytorch_profiler/trace?' + query).then(r => r.json()).then("
-        "t => done(t.traceEvents.filter(e => e.cat == 'user_annotation').map(e => e.name)))",
-        urlencode({"run": run, "worker": worker, "span": span}),
-    )
-    assert set(REGIONS) <= set(drawn)
+        # What the Trace view draws, fetched as its page does. To draw it the page loads a polyfill from the internet.
+        (worker,) = fetch(address, f"{PROFILER}/workers", run=run, view="Trace")
+        (span,) = fetch(address, f"{PROFILER}/spans", run=run, worker=worker)
+        drawn = browser.execute_async_script(
+            "const [query, done] = arguments;"
+            f"fetch('/{PROFILER}/trace?' + query).then(r => r.json()).then("
+            "t => done(t.traceEvents.filter(e => e.cat == 'user_annotation').map(e => e.name)))",
+            urlencode({"run": run, "worker": worker, "span": span}),
+        )
+        assert set(REGIONS) <= set(drawn)
+        curve = fetch(address, f"{PROFILER}/memory_curve", run=run, worker=worker, span=span)
+        allocated = [row[1] for row in curve["rows"]["CPU"]]
+        assert len(allocated) > 100
+        assert max(allocated) > min(allocated)
+
+
+def test_scalars_are_in_the_browser_while_the_run_trains(
+    photographs: Path, browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, seen = tmp_path / "run", []
+
+    def look_and_step(state: TrainState, *rest: Any) -> torch.Tensor:
+        """The step, but before some: what TensorBoard's page says about the loss."""
+        if state.step in (4, 6):
+            logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
+            assert logged["step"] == state.step
+
+            def shown() -> bool:
+                browser.find_element("css selector", "app-header-reload button").click()
+                lines = browser.find_element("css selector", "body").text.split("\n")
+                return {"/loss", f"{logged['loss']:.4f}", str(state.step)} <= set(lines)
+
+            # PyTorch's writer would keep it from the disk for two minutes.
+            wait_for(shown, f"the loss of step {state.step} in the browser", seconds=90)
+            keep_picture(browser, "tensorboard-scalars.png", tmp_path)
+            seen.append(state.step)
+        return train_step(state, *rest)
+
+    monkeypatch.setattr(train, "train_step", look_and_step)
+    with tensorboard(tmp_path) as address:
+        wait_for(lambda: fetch(address, "data/runs") == [], "TensorBoard")
+        browser.get(f"{address}/?tagFilter=train%2Floss%24#timeseries")  # one card: value and step of the last point
+        assert train.train(*train.parse([*TINY, "--data.path", str(photographs), "--run.dir", str(run)])) == 0
+    assert seen == [4, 6]
+
+
+def keep_picture(browser: Any, name: str, folder: Path) -> None:
+    """A screenshot in `folder`, or where RECO_FAST_SCREENSHOTS says: the pictures of the docs."""
+    browser.save_screenshot(str(Path(os.environ.get("RECO_FAST_SCREENSHOTS", folder)) / name))
 
 
 def fetch(address: str, what: str, **query: str) -> Any:
-    with urllib.request.urlopen(
-        f"{address}/data/plugin/pytorch_profiler/{what}?{urlencode(query)}", timeout=10
-    ) as reply:
-        return json.load(reply)
+    with urllib.request.urlopen(f"{address}/{what}?{urlencode(query)}", timeout=60) as reply:
+        content = reply.read()
+    return json.loads(gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content)
 
 
-def wait_for(condition: Callable[[], T], what: str, seconds: float = 60) -> T:
+def wait_for(condition: Callable[[], T], what: str, seconds: float = 180) -> T:
     """The first true value of `condition`."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Measures the CPU figures of profiling.md and loader.md again, into docs/results, and prints their tables:
+#     bash docs/measure.sh CIFAR10_TRAIN_FOLDER PHOTOGRAPHS_FOLDER
+# About ten minutes on two cores, which must have nothing else to do. Needs pip install -e '.[examples,profile,dali]'.
+set -euo pipefail
+cifar=$(realpath "$1") photographs=$(realpath "$2")
+cd "$(dirname "$0")/.."
+results=$PWD/docs/results work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+profiling="${PYTHON:-python} -m reco_fast.profiling"
+resnet18="--model.arch resnet18 --data.image-size 32 --train.batch-size 128 --model.bank-size 16384"
+once="--rounds 3 --steps 1 --warmup 1"
+
+keep() { # NAME FILE: the JSON of a part that is done, and how long all has taken
+    cp "$2" "$results/$1.json"
+    echo "== $1, after $SECONDS s"
+}
+
+$profiling.benchmark $resnet18 $once --against naive,lightly,supervised --data.path "$cifar" --output "$work/step"
+keep step-resnet18-2cores "$work/step/step.json"
+
+for isa in AVX512_CORE AVX2; do # as a CPU without AMX, on which `auto` takes float32
+    ONEDNN_MAX_CPU_ISA=$isa $profiling.benchmark $resnet18 $once --against naive --output "$work/$isa"
+    keep "step-resnet18-2cores-$isa" "$work/$isa/step.json"
+done
+
+$profiling.growth $resnet18 $once --output "$work/growth"
+keep growth-resnet18-2cores "$work/growth/growth.json"
+cp "$work/growth/growth.png" docs/images/growth.png
+
+$profiling.loader_benchmark --data.path "$cifar" --image-size 32 --batch-size 256 --batches 12 | tee "$work/loader"
+tail -n 1 "$work/loader" >"$work/loader.json"
+keep loader-cifar10-32px-2cores "$work/loader.json"
+$profiling.loader_benchmark --data.path "$photographs" --image-size 224 --batch-size 32 --batches 10 | tee "$work/loader"
+tail -n 1 "$work/loader" >"$work/loader.json"
+keep loader-photographs-224px-2cores "$work/loader.json"

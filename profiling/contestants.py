@@ -1,0 +1,121 @@
+"""Who takes part in the benchmark of the whole step: the trainer, and what one would run instead."""
+
+from collections.abc import Callable, Generator
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reco_fast import distributed
+from reco_fast.config import Config, ConfigError
+from reco_fast.data import loader_workers, recipe
+from reco_fast.model import build_encoder
+from reco_fast.optim import build_optimizer
+from reco_fast.pipelines.loader import open_loader
+from reco_fast.pipelines.order import TrainingOrder
+from reco_fast.pipelines.sources import open_source
+from reco_fast.profiling.naive import NaiveReCo
+from reco_fast.state import build_state, pick_precision
+from reco_fast.step import draw, scheduled, train_step
+
+CLASSES = 100
+
+Views = tuple[Tensor, ...]
+
+
+class Contestant(NamedTuple):
+    train: Callable[[Views], object]
+    """One optimizer step on a batch of views [n, 3, H, W]."""
+    views: Views
+    """A batch in memory, of the dtype and layout in which the contestant's own loader gives it."""
+    batches: Callable[[], Generator[Views, None, None]] | None = None
+    """Its own loader on the images of --data.path: endless, closed by its user."""
+
+
+def trainer(config: Config, device: torch.device) -> Contestant:
+    """What `reco_fast.train` does in a step."""
+    state = build_state(config, device)
+
+    def train(views: Views) -> None:
+        draws = draw(state.step, len(views[0]), config, device)
+        train_step(state, config, views, draws, scheduled(state.step, 1000, config))
+
+    def batches() -> Generator[Views, None, None]:
+        assert config.data.path is not None
+        source = open_source(config.data.path)
+        order = TrainingOrder(len(source), config.train.batch_size, seed=config.train.seed)
+        with open_loader(
+            config.data.loader,
+            source,
+            recipe(config),
+            order,
+            device=device,
+            seed=config.train.seed,
+            workers=loader_workers(config.data),
+        ) as loader:
+            for batch in loader:
+                yield batch.views
+
+    dtype = torch.half if device.type == "cuda" else torch.float  # as the loaders give them
+    views = _random_views(config, device, 3 if config.loss.uses_global else 2)
+    return Contestant(train, tuple(v.to(dtype=dtype, memory_format=torch.channels_last) for v in views), batches)
+
+
+def moco(config: Config, device: torch.device) -> Contestant:
+    """The trainer with `--loss.objective moco`: as many encoder passes as Lightly's MoCo, half of ReCo's."""
+    return trainer(replace(config, loss=replace(config.loss, objective="moco")), device)
+
+
+def naive(config: Config, device: torch.device) -> Contestant:
+    model = NaiveReCo(config, device)
+    size = config.data.image_size
+    permutation = torch.randperm(config.train.batch_size, device=device)
+    mix_weights = torch.full((size, size), 0.5, device=device)
+    return Contestant(lambda views: model.step(views, permutation, mix_weights), _random_views(config, device, 3))
+
+
+def supervised(config: Config, device: torch.device) -> Contestant:
+    """The same backbone, precision, memory format, optimizer and compiler; a linear layer and labels instead."""
+    encoder = build_encoder(config.model, config.data.image_size)
+    model = nn.Sequential(encoder.backbone, nn.Linear(encoder.feature_dim, CLASSES))
+    model = model.to(device).to(memory_format=torch.channels_last)
+    optimizer = build_optimizer(model, config.optim)
+    precision = pick_precision(config.train.precision, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+    compiled = config.train.compile if config.train.compile is not None else device.type == "cuda"
+    run: Callable[..., Any] = torch.compile(model) if compiled else model
+    labels = torch.randint(CLASSES, (config.train.batch_size,), device=device)
+
+    def train(views: Views) -> None:
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            loss = F.cross_entropy(run(views[0]).float(), labels)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    dtype = torch.half if device.type == "cuda" else torch.float
+    (view,) = _random_views(config, device, 1)
+    return Contestant(train, (view.to(dtype=dtype, memory_format=torch.channels_last),))
+
+
+def lightly(config: Config, device: torch.device, *, autocast: bool) -> Contestant:
+    """Lightly's MoCo on the same backbone: see `lightly_moco.py`. `autocast`: in the trainer's precision."""
+    try:
+        from reco_fast.profiling import lightly_moco
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"--against lightly: needs {error.name}, which is not installed; pip install 'reco-fast[examples]'"
+        ) from None
+    model = lightly_moco.LightlyMoCo(config, device, autocast=autocast)
+    batches = partial(lightly_moco.batches, config, device)
+    return Contestant(model.step, _random_views(config, device, 2), batches)
+
+
+def _random_views(config: Config, device: torch.device, count: int) -> Views:
+    """This rank's share of a batch."""
+    size, rows = config.data.image_size, config.train.batch_size // distributed.world_size()
+    return tuple(torch.randn(rows, 3, size, size, device=device) for _ in range(count))

@@ -1,0 +1,205 @@
+"""Images/s as the batch, the banks, the images and the ranks grow, one of them at a time.
+
+    python -m reco_fast.profiling.growth --output DIR [--batches 32 64 128 256] [--banks ...] [--sizes ...]
+        [--ranks 1 2] [--model.arch ...] [--train.batch-size ...] ...
+
+The middle of the table is what the flags of the model say; each row changes one number of it. A row is a process (or,
+for ranks, that many) of its own under torchrun, with a batch in memory. Ranks keep the batch of each: the global batch
+grows with them. On a CPU the rows of ranks have as many threads a rank as the largest number of ranks leaves to each:
+on two cores, one rank with one thread against two with one each, and the middle of the table is one rank with two. On
+GPUs each rank has one.
+
+Writes `growth.json`, `growth.md` and `growth.png` to --output, after each row.
+"""
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reco_fast import cli, distributed
+from reco_fast.config import Config, ConfigError, DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from reco_fast.json_files import write_json
+from reco_fast.profiling.benchmark import device_name, take_turn
+from reco_fast.profiling.contestants import trainer
+from reco_fast.run_folder import environment
+from reco_fast.state import pick_device, pick_precision
+
+FACTORS = {"batch": "--train.batch-size", "K": "--model.bank-size", "size": "--data.image-size", "ranks": ""}
+
+
+@dataclass(frozen=True)
+class Growth:
+    batches: tuple[int, ...] = (32, 64, 256)
+    banks: tuple[int, ...] = (1024, 4096, 65536)
+    sizes: tuple[int, ...] = (64,)
+    ranks: tuple[int, ...] = (1, 2)
+    rounds: int = 3
+    """The median of so many turns counts."""
+    steps: int = 2
+    """Timed in a turn."""
+    warmup: int = 2
+    """Steps before the first turn."""
+    measure: bool = False
+    """Only one row, in the processes that torchrun started; prints it as JSON."""
+    output: Path = Path("growth")
+    """Folder for growth.json, growth.md and growth.png."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "steps", "warmup", "batches", "banks", "sizes", "ranks"):
+            given = getattr(self, name)
+            if min(given if isinstance(given, tuple) else [given], default=1) < 1:
+                raise ConfigError(f"--{name}: expected 1 or more, got {given}")
+
+    @property
+    def config(self) -> Config:
+        return Config(data=self.data, model=self.model, loss=self.loss, optim=self.optim, train=self.train)
+
+
+DEFAULT = Growth(model=ModelConfig(bank_size=16384), train=TrainConfig(batch_size=128))
+
+
+def measure(growth: Growth) -> dict[str, Any] | None:
+    """Times one configuration, together with the other ranks if there are any; the result on rank 0."""
+    config = growth.config
+    device = pick_device(config.train.device)
+    with distributed.process_group(device):
+        contestant = trainer(config, device)
+        for _ in range(growth.warmup):
+            contestant.train(contestant.views)
+        turns = [
+            take_turn(lambda: contestant.train(contestant.views), growth.steps, device) for _ in range(growth.rounds)
+        ]
+        if distributed.rank() != 0:
+            return None
+        seconds = [turn.seconds_per_step for turn in turns]
+        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else _resident_bytes()
+        return {
+            "device": device_name(device),
+            "precision": str(pick_precision(config.train.precision, device)).removeprefix("torch."),
+            "images_per_second": config.train.batch_size / statistics.median(seconds),
+            "seconds_per_step": seconds,
+            "peak_mib": peak / 2**20,
+        }
+
+
+def _resident_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def rows(growth: Growth) -> list[dict[str, int | str]]:
+    """What each row of the table has: the middle first, then one thing changed at a time."""
+    middle: dict[str, int | str] = {
+        "batch": growth.train.batch_size,
+        "K": growth.model.bank_size,
+        "size": growth.data.image_size,
+        "ranks": 1,
+        "threads": _cores(),
+        "changed": "",
+    }
+    found = [middle]
+    for changed, values in (("batch", growth.batches), ("K", growth.banks), ("size", growth.sizes)):
+        found += [{**middle, changed: value, "changed": changed} for value in values if value != middle[changed]]
+    share = max(1, _cores() // max(growth.ranks, default=1))
+    for ranks in growth.ranks:
+        batch = ranks * growth.train.batch_size
+        found.append({**middle, "ranks": ranks, "threads": share, "batch": batch, "changed": "ranks"})
+    return found
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_row(row: dict[str, int | str], words: list[str]) -> dict[str, Any]:
+    """The row with its result, or with why there is none, from processes of its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(row["ranks"])]
+    command += ["-m", "reco_fast.profiling.growth", *words, "--measure"]
+    for factor in ("batch", "K", "size"):
+        command += [FACTORS[factor], str(row[factor])]
+    threads = {"OMP_NUM_THREADS": str(row["threads"])}
+    done = subprocess.run(command, env=os.environ | threads, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return row | json.loads(done.stdout.splitlines()[-1])
+    said = [line for line in done.stderr.splitlines() if "error" in line.lower()] or [f"exit {done.returncode}"]
+    return row | {"failed": said[0].strip()}
+
+
+def markdown(report: dict[str, Any]) -> str:
+    done = [row for row in report["rows"] if "failed" not in row]
+    commit = (report["environment"]["git_commit"] or "unknown")[:7]
+    where = f"{done[0]['device'].split(',')[0]}, {done[0]['precision']}, " if done else ""
+    versions = f"torch {report['environment']['packages']['torch']}, commit {commit}"
+    lines = [
+        f"{report['config']['model']['arch']}, {where}{versions}",
+        "",
+        "| changed | batch | K | px | ranks × threads | images/s | to the first row | peak MiB a rank |",
+        "|---|" + 7 * "---|",
+    ]
+    for row in report["rows"]:
+        cells = [row["changed"], row["batch"], f"{row['K']:,}", row["size"], f"{row['ranks']} × {row['threads']}"]
+        if "failed" in row:
+            cells += [row["failed"], "", ""]
+        else:
+            times = row["images_per_second"] / done[0]["images_per_second"]
+            cells += [f"{row['images_per_second']:,.1f}", f"{times:.2f}", f"{row['peak_mib']:,.0f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    done = [row for row in report["rows"] if "failed" not in row]
+    figure, axes = pyplot.subplots(1, len(FACTORS), figsize=(11, 2.6), sharey=True, layout="constrained")
+    for axis, factor in zip(axes, FACTORS, strict=True):
+        part = [row for row in done if row["changed"] in ((factor,) if factor == "ranks" else (factor, ""))]
+        points = sorted((row[factor], row["images_per_second"]) for row in part)
+        axis.plot(*zip(*points, strict=True), "o-", color="#4477aa") if points else None
+        axis.set(xlabel=factor, xscale="log", xticks=[x for x, _ in points])
+        axis.set_xticks([x for x, _ in points], [f"{x:,}" for x, _ in points], minor=False)
+        axis.minorticks_off()
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("images/s")
+    axes[0].set_ylim(bottom=0)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main() -> int:
+    prog = "python -m reco_fast.profiling.growth"
+    growth = cli.parse(Growth, sys.argv[1:], prog=prog, description=__doc__ or "", default=DEFAULT)
+    if growth.measure:
+        result = measure(growth)
+        if result is not None:
+            print(json.dumps(result), flush=True)
+        return 0
+    growth.output.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any] = {"environment": environment(), "config": growth.config.to_json(), "rows": []}
+    for row in rows(growth):
+        report["rows"].append(run_row(row, sys.argv[1:]))
+        write_json(growth.output / "growth.json", report)
+        (growth.output / "growth.md").write_text(markdown(report), encoding="utf-8")
+        print(markdown(report).splitlines()[-1], flush=True)
+    plot(report, growth.output / "growth.png")
+    print(markdown(report), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
