@@ -42,6 +42,7 @@ class DaliLoader(Loader):
         recipe: Recipe,
         order: Order,
         device: torch.device,
+        dtype: torch.dtype,
         seed: int,
         workers: int,
         on_bad_image: OnBadImage,
@@ -51,6 +52,7 @@ class DaliLoader(Loader):
         self._recipe = recipe
         self._seed = seed
         self._device = device
+        self._dtype = dtype
         self._workers = max(1, workers)
         self._order = order
         self._reader = ImageReader(source, on_bad_image, cache_bytes=_CACHE_BYTES)
@@ -91,10 +93,15 @@ class DaliLoader(Loader):
         return torch.cuda.current_device() if self._device.index is None else self._device.index
 
     def _build(self) -> Any:
+        if not self._again:
+            self._again.append(self._ahead.take())
+        samples = self._again[0].samples
         pipeline = _graph(
             self._feed,
             self._recipe,
             self._on_gpu,
+            self._dtype,
+            (max(sample.height for sample in samples), max(sample.width for sample in samples)),
             batch_size=self._order.batch_size,
             num_threads=self._workers,
             device_id=self._device_id,
@@ -264,8 +271,11 @@ _TYPES = {"bool": types.BOOL, "int32": types.INT32, "float32": types.FLOAT}
 
 
 @pipeline_def(enable_conditionals=True)
-def _graph(feed: Callable[[], list[Any]], recipe: Recipe, on_gpu: bool) -> tuple[Any, ...]:
-    """One decode, one crop a view. Inputs in the order of `DaliLoader._feed`."""
+def _graph(
+    feed: Callable[[], list[Any]], recipe: Recipe, on_gpu: bool, dtype: torch.dtype, largest: tuple[int, int]
+) -> tuple[Any, ...]:
+    """One decode, one crop a view. Inputs in the order of `DaliLoader._feed`. `largest`: height and width for which
+    the GPU's decoders reserve memory; for a larger image they get more."""
     examples = [_view_inputs(view, sample_parameters(view, 0, 0, [0], [1], [1]), on_gpu) for view in recipe.views]
     rows = [np.asarray(value[0]) for example in examples for value in example.values()]
     encoded, *values = fn.external_source(
@@ -279,13 +289,29 @@ def _graph(feed: Callable[[], list[Any]], recipe: Recipe, on_gpu: bool) -> tuple
         device="mixed" if on_gpu else "cpu",
         output_type=types.RGB,
         jpeg_fancy_upsampling=True,  # as the CPU's decoder does
-        hw_decoder_load=0.65,
+        **(_decoder_buffers(*largest) if on_gpu else {}),
     )
     inputs = iter(values)
-    return tuple(_view(images, {name: next(inputs) for name in example}, recipe, on_gpu) for example in examples)
+    output = types.FLOAT16 if dtype == torch.float16 else types.FLOAT
+    return tuple(
+        _view(images, {name: next(inputs) for name in example}, recipe, on_gpu, output) for example in examples
+    )
 
 
-def _view(images: Any, p: dict[str, Any], recipe: Recipe, on_gpu: bool) -> Any:
+def _decoder_buffers(height: int, width: int) -> dict[str, Any]:
+    """For `decoders.image` with device "mixed": the share of its hardware engine, where the GPU has one, and buffers
+    of the data's size; the defaults are 16 MiB on the GPU and two of 8 MiB pinned for each thread."""
+    coefficients = 6 * height * width  # 16 bits each, of three planes that are not subsampled
+    return {
+        "hw_decoder_load": 0.65,
+        "preallocate_height_hint": height,
+        "preallocate_width_hint": width,
+        "device_memory_padding": coefficients,
+        "host_memory_padding": coefficients,
+    }
+
+
+def _view(images: Any, p: dict[str, Any], recipe: Recipe, on_gpu: bool, output: Any) -> Any:
     # A slice and then a resize, because the resize's own region of interest lets pixels from outside bleed in.
     view = fn.slice(images, start=p["start"], shape=p["shape"], axes=(0, 1))
     view = fn.resize(view, size=[recipe.size, recipe.size], antialias=True)
@@ -303,7 +329,7 @@ def _view(images: Any, p: dict[str, Any], recipe: Recipe, on_gpu: bool) -> Any:
     return fn.crop_mirror_normalize(
         view,
         mirror=p.get("flip", 0),
-        dtype=types.FLOAT16 if on_gpu else types.FLOAT,
+        dtype=output,
         output_layout="HWC",
         mean=[255 * value for value in recipe.mean],
         std=[255 * value for value in recipe.std],

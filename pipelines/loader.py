@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from reco_fast.pipelines.augmentations import Recipe
-from reco_fast.pipelines.images import BadImage, to_plain
+from reco_fast.pipelines.images import BadImage, to_plain, to_ppm
 from reco_fast.pipelines.journal import Journal
 from reco_fast.pipelines.order import Order
 from reco_fast.pipelines.sources import DataError, ImageSource
@@ -24,8 +24,8 @@ OnBadImage = Literal["skip", "raise"]
 
 class Batch(NamedTuple):
     """`views`: one tensor [n, 3, S, S] for each view of the recipe, channels-last in memory, normalised, on the
-    loader's device; float32 on a CPU, float16 on a GPU. `indices`: [n] int64 on the CPU, places in the source of the
-    images that are in the batch (a bad image is replaced by the next good one)."""
+    loader's device; float32, or float16 on a GPU that computes in less. `indices`: [n] int64 on the CPU, places in the
+    source of the images that are in the batch (a bad image is replaced by the next good one)."""
 
     views: tuple[Tensor, ...]
     indices: Tensor
@@ -79,15 +79,18 @@ class Sample(NamedTuple):
 class ImageReader:
     """Reads images and steps past bad ones: in place of a bad image comes the next good one of the source.
 
-    `bad`: index → reason. With `cache_bytes`, a source that fits is read and checked only once.
+    `bad`: index → reason. With `cache_bytes`, a source that fits is read and checked only once; one of small images is
+    kept decoded, as PPM: a step of such images spends much of its loader's time on their headers and tables.
     """
+
+    SMALL = 64 * 64  # pixels
 
     def __init__(self, source: ImageSource, on_bad_image: OnBadImage, *, cache_bytes: int = 0) -> None:
         self._source = source
         self._raise = on_bad_image == "raise"
         self.bad: dict[int, str] = source.known_bad.copy()
         self._cache: dict[int, Sample] = {}
-        self._cache_left = cache_bytes
+        self._cache_bytes = self._cache_left = cache_bytes
         self._lock = threading.Lock()
 
     def read(self, index: int) -> Sample:
@@ -104,7 +107,7 @@ class ImageReader:
             if place in self.bad:
                 continue
             try:
-                sample = Sample(place, *to_plain(self._source.read(place)))
+                sample = self._decoded(Sample(place, *to_plain(self._source.read(place))))
             except BadImage as error:
                 self.reject(place, str(error))
             except OSError as error:
@@ -121,6 +124,12 @@ class ImageReader:
             raise DataError(f"{self._source.names[index]}: {reason}")
         self._cache.pop(index, None)
         self.bad[index] = reason
+
+    def _decoded(self, sample: Sample) -> Sample:
+        """As PPM if it is small and as many such images fit. Raises BadImage."""
+        pixels = sample.height * sample.width
+        fits = pixels <= self.SMALL and 3 * pixels * len(self._source) <= self._cache_bytes
+        return Sample(sample.place, *to_ppm(sample.data)) if fits and sample.data[:2] != b"P6" else sample
 
     def _remember(self, sample: Sample) -> None:
         with self._lock:
@@ -140,6 +149,7 @@ def open_loader(
     workers: int,
     on_bad_image: OnBadImage = "skip",
     first_step: int = 0,
+    precision: torch.dtype = torch.float16,
 ) -> Loader:
     """Open a loader of `recipe`'s views of the images of `source` in `order`.
 
@@ -149,6 +159,7 @@ def open_loader(
         workers: threads (dali) or processes (torch) that decode; 0 means none beside the caller's where possible.
         on_bad_image: "skip" puts the next good image in its place and records it, "raise" ends with DataError.
         first_step: of the order; resuming there gives the same batches as running up to it.
+        precision: that the model computes in. For float32, views are float32 on a GPU too.
 
     Raises:
         DataError: `kind` is "dali" and it is not installed.
@@ -159,7 +170,9 @@ def open_loader(
         for name, reason in (source.unreadable | {source.names[i]: why for i, why in source.known_bad.items()}).items():
             raise DataError(f"{name}: {reason}")
     kind = resolve(kind)
-    arguments = (source, recipe, order, torch.device(device), seed, workers, on_bad_image, first_step)
+    device = torch.device(device)
+    dtype = torch.float16 if device.type == "cuda" and precision != torch.float32 else torch.float32
+    arguments = (source, recipe, order, device, dtype, seed, workers, on_bad_image, first_step)
     if kind == "torch":
         from reco_fast.pipelines.torch_loader import TorchLoader
 

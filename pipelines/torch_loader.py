@@ -1,7 +1,7 @@
 """The recipe by Pillow and torchvision, in worker processes: slower than DALI, and runs wherever PyTorch does."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from typing import NamedTuple
 
@@ -33,6 +33,7 @@ class TorchLoader(Loader):
         recipe: Recipe,
         order: Order,
         device: torch.device,
+        dtype: torch.dtype,
         seed: int,
         workers: int,
         on_bad_image: OnBadImage,
@@ -40,7 +41,7 @@ class TorchLoader(Loader):
     ) -> None:
         super().__init__(source)
         self._device = device
-        self._dtype = torch.float16 if device.type == "cuda" else torch.float32
+        self._dtype = dtype
         mean, std = torch.tensor(recipe.mean), torch.tensor(recipe.std)
         self._scale = (1 / (255 * std)).repeat(recipe.size).to(device)  # of a row of pixels, [3·S]
         self._shift = (-mean / std).repeat(recipe.size).to(device)
@@ -57,9 +58,15 @@ class TorchLoader(Loader):
             )
         )
 
+        self._ahead = OneAhead(self._make, torch.cuda.Stream(device)) if device.type == "cuda" else None
+
     def __next__(self) -> Batch:
         if self._batches is None:
             raise StopIteration
+        return self._make() if self._ahead is None else next(self._ahead)
+
+    def _make(self) -> Batch:
+        assert self._batches is not None
         try:
             pixels = next(self._batches)
         except RuntimeError as error:
@@ -85,6 +92,33 @@ class TorchLoader(Loader):
     def close(self) -> None:
         self._batches = None  # the DataLoader's iterator ends its workers as it goes
         self._journal.close()
+
+
+class OneAhead(Iterator[Batch]):
+    """Makes each batch one call early and on a stream of its own: its copy to the GPU overlaps the step before."""
+
+    def __init__(self, make: Callable[[], Batch], stream: torch.cuda.Stream) -> None:
+        self._make = make
+        self._stream = stream
+        self._next: Batch | Exception | None = None
+
+    def __next__(self) -> Batch:
+        batch = self._next or self._start()
+        if isinstance(batch, Exception):
+            raise batch
+        current = torch.cuda.current_stream()
+        current.wait_stream(self._stream)  # before the next one is put on it
+        for view in batch.views:
+            view.record_stream(current)  # or the allocator would give the memory away while a step reads it
+        self._next = self._start()
+        return batch
+
+    def _start(self) -> Batch | Exception:
+        try:
+            with torch.cuda.stream(self._stream):
+                return self._make()
+        except (StopIteration, DataError) as error:  # due when this batch is
+            return error
 
 
 def _leave_inherited_objects_alone(_: int) -> None:

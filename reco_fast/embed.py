@@ -147,6 +147,7 @@ def compute(
             workers=loader_workers(data),
             on_bad_image=data.on_bad_image,
             first_step=parts.steps,
+            precision=precision,
         ) as loader,
         progress(len(source), parts.images) as advance,
     ):

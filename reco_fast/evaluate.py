@@ -63,6 +63,7 @@ def extract_features(
         seed=0,
         workers=loader_workers(data),
         on_bad_image=data.on_bad_image,
+        precision=precision,
     ) as loader:
         for batch in loader:
             with torch.autocast(device.type, precision, enabled=precision != torch.float32):

@@ -97,6 +97,7 @@ def train(preset: str, config: Config) -> int:
                 workers=loader_workers(config.data),
                 on_bad_image=config.data.on_bad_image,
                 first_step=state.step,
+                precision=state.precision,
             ) as loader,
             RunLog(folder if writes else None, total_steps=run.stop_at, first_step=state.step) as log,
             checkpoint.Writer(folder / "checkpoints") as writer,

@@ -1,5 +1,6 @@
 """Both loaders: the same views, every image once an epoch, exact resume, bad images replaced and named, a clean end."""
 
+import contextlib
 import gc
 import importlib.util
 import multiprocessing
@@ -18,10 +19,11 @@ import torch
 from odd_images import bad_images, deceiving_images, encode, odd_images, picture
 
 from reco_fast.pipelines.augmentations import Recipe, ViewRecipe, evaluation_recipe, reco_recipe
-from reco_fast.pipelines.images import to_plain
+from reco_fast.pipelines.images import to_plain, to_ppm
 from reco_fast.pipelines.loader import Batch, ImageReader, Loader, open_loader
 from reco_fast.pipelines.order import EvaluationOrder, TrainingOrder
 from reco_fast.pipelines.sources import DataError, ImageSource, open_source
+from reco_fast.pipelines.torch_loader import OneAhead
 
 HAS_DALI = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
 KINDS = [pytest.param("dali", marks=pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed")), "torch"]
@@ -376,8 +378,74 @@ def test_a_small_source_is_read_once(tmp_path: Path) -> None:
     source.read = lambda index: reads.append(index) or read(index)  # type: ignore[method-assign,func-returns-value]
     cached, direct = ImageReader(source, "skip", cache_bytes=10**6), ImageReader(source, "skip")
     for _ in range(3):
-        assert [cached.read(i) for i in range(4)] == [direct.read(i) for i in range(4)]
+        for index in range(4):
+            sample, plain = cached.read(index), direct.read(index)
+            assert sample[0::2] == plain[0::2]
+            assert sample.data == to_ppm(plain.data)[0]  # small: kept decoded
     assert len(reads) == 4 + 12
+    little = ImageReader(source, "skip", cache_bytes=1000)  # less than they need decoded
+    assert little.read(0) == direct.read(0)
+
+
+# On a GPU: what can be seen without one
+
+
+@needs_dali
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_the_graph_for_a_gpu_is_accepted_decodes_once_and_reserves_what_the_images_need(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """DALI checks operators, arguments and their types as a graph is defined; only to build it takes a GPU."""
+    from reco_fast.pipelines import dali
+
+    given: dict[str, list[dict[str, Any]]] = {"image": [], "crop_mirror_normalize": []}
+
+    def recorded(name: str, operator: Any) -> Any:
+        return lambda *inputs, **options: given[name].append(options) or operator(*inputs, **options)
+
+    for place, name in ((dali.fn.decoders, "image"), (dali.fn, "crop_mirror_normalize")):
+        monkeypatch.setattr(place, name, recorded(name, getattr(place, name)))
+    settings = {"batch_size": 2, "num_threads": 1, "device_id": 0, "exec_dynamic": True}
+    dali._graph(lambda: [], reco_recipe(224), True, dtype, (375, 500), **settings)
+    (decoder,) = given["image"]
+    assert decoder["device"] == "mixed"
+    assert (decoder["preallocate_height_hint"], decoder["preallocate_width_hint"]) == (375, 500)
+    assert 3 * 375 * 500 < decoder["device_memory_padding"] < 2**24  # DALI's default
+    expected = dali.types.FLOAT16 if dtype == torch.float16 else dali.types.FLOAT
+    assert [options["dtype"] for options in given["crop_mirror_normalize"]] == 3 * [expected]
+
+
+def test_a_batch_is_made_one_call_early_and_handed_over_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+
+    class Stream:
+        def wait_stream(self, other: object) -> None:
+            assert other is side
+            events.append("wait")
+
+    side, here = Stream(), Stream()
+    batches = iter([0, 1, 2])
+
+    def make() -> Batch:
+        number = next(batches)
+        events.append(f"make {number}")
+        if number == 2:
+            raise DataError("a bad image")
+        return Batch((torch.full((1,), number),), torch.tensor([number]))
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: here)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext(events.append("aside")))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda view, stream: events.append(f"record {int(view)}"))
+    ahead = OneAhead(make, side)
+    for number in range(2):
+        assert next(ahead).indices.tolist() == [number]
+        events.append("step")
+    with pytest.raises(DataError, match="a bad image"):
+        next(ahead)
+    assert events == [
+        *["aside", "make 0", "wait", "record 0", "aside", "make 1", "step"],
+        *["wait", "record 1", "aside", "make 2", "step"],
+    ]
 
 
 # Beginning and end
@@ -438,7 +506,7 @@ def test_a_process_ends_quietly(kind: str, end: str, cifar: Path) -> None:
     script = f"""
 import os, signal, sys
 from reco_fast.pipelines.augmentations import reco_recipe
-from reco_fast.pipelines.images import to_plain
+from reco_fast.pipelines.images import to_plain, to_ppm
 from reco_fast.pipelines.loader import open_loader
 from reco_fast.pipelines.order import TrainingOrder
 from reco_fast.pipelines.sources import open_source
