@@ -45,6 +45,7 @@ setup(
         "dali-cuda12": ["nvidia-dali-cuda120>=2.4"],
         "export": EXPORT,
         "parquet": PARQUET,
+        "evaluate": ["matplotlib>=3.8"],
         "examples": EXAMPLES,
         "profile": PROFILE,
         "test": TEST,

@@ -1,7 +1,7 @@
 """Whether a run learns, drifts or collapses: what the embeddings look like, each loss beside chance, and warnings.
 
 `spread` measures embeddings, `chance_levels` says what a loss would be if nothing had been learned, and `Watch` turns
-both into warnings. How to read them: docs/quality.md.
+both into warnings. How to read them: docs/use.md.
 """
 
 import math
@@ -79,7 +79,7 @@ class Finding(NamedTuple):
     new: bool
 
 
-# Thresholds: see docs/quality.md for the runs, healthy and not, on both sides of each.
+# Thresholds: docs/use.md has runs, healthy and not, on both sides of each.
 COLLAPSED_MEAN_NORM = 0.9
 COLLAPSED_RANK = 4.0
 DRIFT_LOSS = 0.6  # local loss over instance loss: a mixed image is not that much easier to tell than a whole one

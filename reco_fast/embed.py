@@ -11,15 +11,12 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NoReturn
 
 import torch
 import tyro
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from reco_fast import cli
@@ -32,10 +29,10 @@ from reco_fast.pipelines.augmentations import evaluation_recipe
 from reco_fast.pipelines.loader import open_loader
 from reco_fast.pipelines.order import EvaluationOrder
 from reco_fast.pipelines.sources import ImageSource, open_source
+from reco_fast.progress import progress
 from reco_fast.state import pick_device, pick_precision
 
 PART_SECONDS = 30.0  # of work that an interruption loses at most
-LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
 
 
 @dataclass(frozen=True)
@@ -171,38 +168,6 @@ def compute(
             parts.add(part)
             if parts.steps == 0:
                 parts.remove()
-
-
-@contextmanager
-def progress(total: int, done: int) -> Iterator[Callable[[int], None]]:
-    """A function that is told of more images: a bar on a terminal, else a line now and then."""
-    start = last = time.monotonic()
-    first = done
-
-    def rate() -> str:
-        return f"{(done - first) / max(time.monotonic() - start, 1e-9):.0f} img/s"
-
-    if sys.stdout.isatty():
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
-        with Progress(TextColumn("[bold]images"), *columns) as bar:
-            task = bar.add_task("embed", total=total, completed=done, rate="")
-
-            def advance(images: int) -> None:
-                nonlocal done
-                done += images
-                bar.update(task, completed=done, rate=rate())
-
-            yield advance
-        return
-
-    def line(images: int) -> None:
-        nonlocal done, last
-        done += images
-        if done == total or time.monotonic() - last > LINE_SECONDS:
-            last = time.monotonic()
-            print(f"{done:,} of {total:,} images  {rate()}", flush=True)
-
-    yield line
 
 
 if __name__ == "__main__":

@@ -1,10 +1,16 @@
-"""How good frozen features are: weighted kNN and a linear probe.
+"""How good frozen features are: weighted kNN, a linear probe, and pictures of both.
 
 `python -m reco_fast.evaluate RUN_DIR --data.path TRAIN --data.val-path VAL`
+
+Without labels: how the features fill their space, nearest neighbours, and a map.
 """
 
 import dataclasses
+import json
+import math
+import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
@@ -12,24 +18,24 @@ from typing import Any, Literal, NamedTuple, NoReturn
 import numpy as np
 import torch
 import tyro
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import train_test_split
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from reco_fast import checkpoint, cli, distributed, run_folder
+from reco_fast import checkpoint, classifiers, cli, distributed, run_folder
+from reco_fast import evaluate_pictures as pictures
 from reco_fast.config import Config, ConfigError, DataConfig
 from reco_fast.data import LabelledData, loader_workers, open_labelled
-from reco_fast.json_files import write_json
+from reco_fast.diagnostics import spread
+from reco_fast.json_files import write_json, write_text
 from reco_fast.model import build_encoder
 from reco_fast.pipelines.augmentations import evaluation_recipe
 from reco_fast.pipelines.loader import open_loader
 from reco_fast.pipelines.order import EvaluationOrder
 from reco_fast.pipelines.sources import ImageSource, open_source
+from reco_fast.progress import progress
 from reco_fast.state import pick_device, pick_precision
 
-PROBE_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # C of scikit-learn's logistic regression
+SWEEP_K = (1, 5, 10, 20, 50, 100, 200, 500)
+SWEEP_TEMPERATURES = (0.03, 0.07, 0.1, 0.2, 1.0)
 
 
 @torch.no_grad()
@@ -42,11 +48,12 @@ def extract_features(
     device: torch.device,
     precision: torch.dtype,
     count: int | None = None,
+    advance: Callable[[int], None] = lambda images: None,
 ) -> tuple[Tensor, Tensor]:
     """`model`'s outputs [n, F] float32 for the un-augmented images of `source`, and the images' indices [n].
 
     With `count`, of at most so many images, evenly chosen. Ranks share the work and each gets the whole; the order is
-    that of the loader. The mode of `model` is kept.
+    that of the loader. The mode of `model` is kept. `advance` is told of each batch.
     """
     training = model.training
     model.eval()
@@ -69,26 +76,10 @@ def extract_features(
             with torch.autocast(device.type, precision, enabled=precision != torch.float32):
                 features.append(model(batch.views[0]).float())
             indices.append(batch.indices)
+            advance(len(batch.indices))
     model.train(training)
     gathered = distributed.all_gather_uneven(torch.cat(indices).to(device))
     return distributed.all_gather_uneven(torch.cat(features)), gathered.cpu()
-
-
-def knn_scores(
-    queries: Tensor, neighbours: Tensor, labels: Tensor, classes: int, *, k: int, temperature: float
-) -> Tensor:
-    """Class scores [n, classes] of the k nearest neighbours by cosine, weighted by exp(similarity / τ).
-
-    (Wu et al., arXiv 1805.01978, section 3.4.) Queries go in chunks: memory is O(neighbours), never n × neighbours.
-    """
-    queries, neighbours = nn.functional.normalize(queries), nn.functional.normalize(neighbours)
-    k = min(k, len(neighbours))
-    scores = []
-    for chunk in queries.split(max(1, 2**24 // len(neighbours))):
-        similarity, nearest = (chunk @ neighbours.T).topk(k, dim=1)
-        votes = chunk.new_zeros(len(chunk), classes)
-        scores.append(votes.scatter_add_(1, labels[nearest], (similarity / temperature).exp()))
-    return torch.cat(scores)
 
 
 class Features(NamedTuple):
@@ -101,9 +92,9 @@ class Features(NamedTuple):
 
 
 def features_of(
-    model: nn.Module, source: ImageSource, config: Config, device: torch.device, count: int | None = None
+    model: nn.Module, source: ImageSource, config: Config, device: torch.device, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """`extract_features` in the batches and the precision of the training."""
+    """`extract_features` with `options`, in the batches and the precision of the training."""
     return extract_features(
         model,
         source,
@@ -111,7 +102,7 @@ def features_of(
         batch_size=max(1, config.train.batch_size // distributed.world_size()),
         device=device,
         precision=pick_precision(config.train.precision, device),
-        count=count,
+        **options,
     )
 
 
@@ -124,25 +115,18 @@ def labelled_features(model: nn.Module, data: LabelledData, config: Config, devi
 
 def knn_top1(features: Features, classes: int, *, k: int, temperature: float) -> float:
     """Top-1 accuracy in percent of the weighted kNN classifier."""
-    labels = features.train_labels.to(features.train.device)
-    scores = knn_scores(features.val, features.train, labels, classes, k=k, temperature=temperature)
-    return 100 * (scores.argmax(dim=1).cpu() == features.val_labels).float().mean().item()
+    labels, truth = (part.to(features.train.device) for part in (features.train_labels, features.val_labels))
+    found = classifiers.nearest(features.val, features.train, k)
+    scores = classifiers.knn_scores(found, labels, classes, k=k, temperature=temperature)
+    return classifiers.accuracy(scores, truth, 1)
 
 
 def linear_probe(features: Features) -> tuple[float, float]:
-    """Top-1 in percent of logistic regression on standardised frozen features, and the penalty C it used.
-
-    C is the best of `PROBE_PENALTIES` on a tenth of the training images, never on the held-out ones; then the
-    classifier is fitted to all training images.
-    """
-    x, y = features.train.cpu().numpy(), features.train_labels.numpy()
-    fit_x, check_x, fit_y, check_y = train_test_split(x, y, test_size=0.1, random_state=0, stratify=y)
-
-    def fitted(penalty: float, x: np.ndarray, y: np.ndarray) -> Pipeline:
-        return make_pipeline(StandardScaler(), LogisticRegression(C=penalty, max_iter=200)).fit(x, y)
-
-    best = max(PROBE_PENALTIES, key=lambda penalty: fitted(penalty, fit_x, fit_y).score(check_x, check_y))
-    return 100 * fitted(best, x, y).score(features.val.cpu().numpy(), features.val_labels.numpy()), best
+    """Top-1 in percent of `classifiers.linear_probe`, and the penalty C that it chose."""
+    labels, truth = (part.to(features.train.device) for part in (features.train_labels, features.val_labels))
+    classes = 1 + int(max(labels.max(), truth.max()))
+    probe = classifiers.linear_probe(features.train, labels, classes, features.val)
+    return classifiers.accuracy(probe.scores, truth, 1), probe.penalty
 
 
 @dataclass(frozen=True)
@@ -175,37 +159,190 @@ def main() -> NoReturn:
     )
 
 
+class Extracted(NamedTuple):
+    """Images, their features [n, F] float32 on the device, and the features' places in the source [n] on the CPU."""
+
+    source: ImageSource
+    features: Tensor
+    places: Tensor
+
+    @classmethod
+    def of(cls, source: ImageSource, backbone: nn.Module, config: Config, device: torch.device) -> "Extracted":
+        with progress(len(source), 0) as advance:
+            return cls(source, *features_of(backbone, source, config, device, advance=advance))
+
+
 def evaluate(command: EvaluateCommand) -> int:
-    """Print kNN and linear-probe accuracy, and write them to `evaluation.json` in the run folder."""
+    """Print what was measured, and leave it in the run folder: `evaluation.json`, and pictures in `evaluation/`."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("WORLD_SIZE: expected one process, without torchrun, got more")
     config, encoder = load_run(command.run_dir, command.which)
-    given = command.data
-    data_config = dataclasses.replace(
-        config.data,
-        path=given.path or config.data.path,
-        val_path=given.val_path or config.data.val_path,
-        loader=given.loader,
-        workers=given.workers,
-        on_bad_image=given.on_bad_image,
-    )
-    if data_config.path is None or data_config.val_path is None:
-        raise ConfigError("--data.val-path: expected labelled images to evaluate with, got nothing")
     device = pick_device(command.device)
-    config = dataclasses.replace(config, data=data_config)
-    data = open_labelled(open_source(data_config.path), data_config.val_path)
+    config = dataclasses.replace(config, data=chosen_data(command.data, config.data))
+    path, val_path = config.data.path, config.data.val_path
+    if path is None:
+        raise ConfigError("--data.path: expected images to evaluate with, got nothing")
+    source = open_source(path)
+    labelled = open_labelled(source, val_path) if val_path is not None else None
+    folder = command.run_dir / "evaluation"
+    prepare(folder)
+
     backbone = encoder.get_submodule("backbone").to(device).to(memory_format=torch.channels_last)
-    features = labelled_features(backbone, data, config, device)
-    k, temperature = min(config.eval.knn_k, len(features.train)), config.eval.knn_temperature
-    knn = knn_top1(features, len(data.classes), k=k, temperature=temperature)
-    print(f"kNN top-1 {knn:.2f} % (cosine, k = {k}, τ = {temperature})", flush=True)
-    probe, penalty = linear_probe(features)
+    train = Extracted.of(source, backbone, config, device)
+    fill = spread(train.features)
     print(
-        f"linear probe top-1 {probe:.2f} % "
-        f"(logistic regression, C = {penalty:g} chosen on a tenth of the training images)"
+        f"{len(source):,} images, {train.features.shape[1]} features: effective rank {fill.rank:.1f}, "
+        f"norm of the mean {fill.mean_norm:.2f}",
+        flush=True,
     )
-    result: dict[str, Any] = {"which": command.which, "knn_top1": knn, "linear_top1": probe, "linear_c": penalty}
-    result |= {"path": str(data_config.path), "val_path": str(data_config.val_path)}
+    result: dict[str, Any] = {"which": command.which, "knn_top1": None, "linear_top1": None, "linear_c": None}
+    result |= {"path": str(path), "val_path": None if val_path is None else str(val_path)}
+    result |= {"images": len(source), **{f"backbone_{name}": value for name, value in fill._asdict().items()}}
+    if labelled is None:
+        print("no --data.val-path, so no kNN and no linear probe: those need held-out images in one folder a class")
+        shown = train
+    else:
+        shown = Extracted.of(labelled.val, backbone, config, device)
+        result |= classify(train, shown, labelled, config, folder)
+    if pictures.available():
+        draw_neighbours(folder, shown, train)
+        draw_map(folder, shown)
+        names = sorted(name for name in pictures.PICTURES if (folder / name).exists())
+        print(f"pictures: {folder}/{{{','.join(names)}}}")
+    else:
+        print("pictures need matplotlib: pip install 'reco-fast[evaluate]'")
     write_json(command.run_dir / "evaluation.json", result)
     return 0
+
+
+def chosen_data(given: DataConfig, run: DataConfig) -> DataConfig:
+    """The run's images unless others are given; the run's held-out ones only beside the run's own."""
+    path, val_path = given.path, given.val_path
+    if path is None or path == run.path:
+        path, val_path = run.path, val_path or run.val_path
+    return dataclasses.replace(
+        run, path=path, val_path=val_path, loader=given.loader, workers=given.workers, on_bad_image=given.on_bad_image
+    )
+
+
+def prepare(folder: Path) -> None:
+    """An empty place for the pictures: those of an earlier evaluation do not belong to this one."""
+    try:
+        folder.mkdir(exist_ok=True)
+        for name in (*pictures.PICTURES, "confusion.json"):
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder}: expected a folder that can be written, got {error.strerror}") from None
+
+
+def classify(train: Extracted, val: Extracted, data: LabelledData, config: Config, folder: Path) -> dict[str, Any]:
+    """Print and draw both classifiers' accuracies; returns their part of evaluation.json."""
+    device, count = train.features.device, len(data.classes)
+    labels, truth = data.train_labels[train.places].to(device), data.val_labels[val.places].to(device)
+    k, temperature = min(config.eval.knn_k, len(labels)), config.eval.knn_temperature
+    ks = sorted({k, *(each for each in SWEEP_K if each <= len(labels))})
+    temperatures = sorted({temperature, *SWEEP_TEMPERATURES})
+
+    found = classifiers.nearest(val.features, train.features, max(ks))
+    sweep = classifiers.knn_sweep(found, labels, count, truth, ks, temperatures)
+    knn = classifiers.knn_scores(found, labels, count, k=k, temperature=temperature)
+    low, high = (limit(entry["top1"] for entry in sweep) for limit in (min, max))
+    print(
+        f"kNN {top_text(knn, truth)} (cosine, k = {k}, τ = {temperature:g}; "
+        f"{low:.2f} to {high:.2f} % over k = {ks[0]} to {ks[-1]} and τ = {temperatures[0]:g} to {temperatures[-1]:g})",
+        flush=True,
+    )
+    probe = classifiers.linear_probe(train.features, labels, count, val.features, lambda line: print(line, flush=True))
+    chosen = "chosen on a tenth of the training images" if probe.tried else "of so few images not chosen"
+    print(f"linear probe {top_text(probe.scores, truth)} (logistic regression, C = {probe.penalty:g} {chosen})")
+
+    scores = {"knn": knn, "linear": probe.scores}
+    matrices = {name: classifiers.confusion(each, truth, count).numpy() for name, each in scores.items()}
+    by_class = {name: diagonal_percent(matrix) for name, matrix in matrices.items()}
+    counts = {"classes": [readable(name) for name in data.classes]}
+    counts |= {name: matrix.tolist() for name, matrix in matrices.items()}
+    write_text(folder / "confusion.json", json.dumps(counts) + "\n")
+    if pictures.available():
+        titles = {"knn": f"kNN, k = {k}", "linear": "linear probe"}
+        pictures.draw_knn(folder / "knn.png", sweep, (k, temperature, classifiers.accuracy(knn, truth, 1)))
+        pictures.draw_confusion(
+            folder / "confusion.png", {titles[name]: each for name, each in matrices.items()}, data.classes
+        )
+        pictures.draw_classes(
+            folder / "classes.png", {titles[name]: each for name, each in by_class.items()}, data.classes
+        )
+    return {
+        "val_images": len(truth),
+        "classes": count,
+        "knn_top1": classifiers.accuracy(knn, truth, 1),
+        "knn_top5": classifiers.accuracy(knn, truth, 5) if count > 5 else None,
+        "knn_k": k,
+        "knn_temperature": temperature,
+        "knn_sweep": sweep,
+        "linear_top1": classifiers.accuracy(probe.scores, truth, 1),
+        "linear_top5": classifiers.accuracy(probe.scores, truth, 5) if count > 5 else None,
+        "linear_c": probe.penalty,
+        "linear_tried": [{"c": c, "top1_on_training_images_left_out": top1} for c, top1 in probe.tried.items()],
+        "per_class": [
+            {"class": readable(name), "images": int(images)}
+            | {f"{kind}_top1": None if math.isnan(each[number]) else each[number] for kind, each in by_class.items()}
+            for number, (name, images) in enumerate(zip(data.classes, matrices["knn"].sum(axis=1), strict=True))
+        ],
+    }
+
+
+def top_text(scores: Tensor, truth: Tensor) -> str:
+    """`top-1 …` and, of more than five classes, top-5 in percent."""
+    tops = (1, 5) if scores.shape[1] > 5 else (1,)
+    return ", ".join(f"top-{top} {classifiers.accuracy(scores, truth, top):.2f} %" for top in tops)
+
+
+def diagonal_percent(matrix: np.ndarray) -> np.ndarray:
+    """Percent of each row of counts [C, C] that lies on the diagonal; NaN for an empty row."""
+    images = matrix.sum(axis=1)
+    return np.where(images > 0, 100 * matrix.diagonal() / np.maximum(images, 1), np.nan)
+
+
+def readable(name: str) -> str:
+    """A folder's name as JSON can hold it: names need not be UTF-8."""
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
+def draw_neighbours(folder: Path, queries: Extracted, candidates: Extracted) -> None:
+    """Some images, evenly chosen, beside those that are nearest to them; none is its own neighbour."""
+    rows = evenly(len(queries.features), pictures.SHEET_QUERIES)
+    same = queries is candidates
+    found = classifiers.nearest(queries.features[rows], candidates.features, pictures.SHEET_NEIGHBOURS + same)
+    similarity, nearest = found.similarity.cpu(), found.rows.cpu()
+    if same:
+        # Where copies tie with it, the image itself may not be among its nearest: then the last one goes.
+        own = nearest == rows[:, None]
+        own[:, -1] |= ~own.any(dim=1)
+        similarity, nearest = (part[~own].view(len(rows), -1) for part in (similarity, nearest))
+    if nearest.shape[1] > 0:
+        pictures.draw_neighbours(
+            folder / "neighbours.png",
+            (queries.source, queries.places[rows].numpy()),
+            (candidates.source, candidates.places[nearest].numpy()),
+            similarity.numpy(),
+            by_class=queries.source.labels is not None and candidates.source.labels is not None,
+        )
+
+
+def draw_map(folder: Path, images: Extracted) -> None:
+    rows = evenly(len(images.features), pictures.MAP_POINTS)
+    if len(rows) >= 4:  # fewer make no map
+        print(f"map of {len(rows):,} images by t-SNE ...", flush=True)
+        labels = images.source.labels
+        of_rows = None if labels is None else labels[images.places[rows].numpy()]
+        points = pictures.project(images.features[rows].cpu().numpy())
+        pictures.draw_map(folder / "map.png", points, of_rows, images.source.classes)
+
+
+def evenly(count: int, wanted: int) -> Tensor:
+    """At most `wanted` of `count` row numbers, evenly chosen: of features by class, some of each."""
+    wanted = min(count, wanted)
+    return torch.arange(wanted) * count // wanted
 
 
 if __name__ == "__main__":

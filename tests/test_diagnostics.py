@@ -122,7 +122,7 @@ def test_a_cause_is_named_once_it_lasts_and_said_once(changes: dict[str, float],
 @pytest.mark.parametrize(
     ("losses", "accuracies", "images", "warns"),
     [
-        ((9, 8, 7, 6), (27.9, 25.7, 25.3, 22.8), 1000, True),  # docs/quality.md: the student's anchor
+        ((9, 8, 7, 6), (27.9, 25.7, 25.3, 22.8), 1000, True),  # a run with the student's anchor
         ((9, 8, 7, 6), (27.9, 25.7, 25.3, 22.8), 100, False),  # within the noise of so few images
         ((6, 7, 8, 9), (27.9, 25.7, 25.3, 22.8), 1000, False),  # the loss rises too
         ((9, 8, 7, 6), (84.2, 84.9, 84.7, 84.5), 10000, False),  # a plateau
