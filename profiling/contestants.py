@@ -55,11 +55,12 @@ def trainer(config: Config, device: torch.device) -> Contestant:
             device=device,
             seed=config.train.seed,
             workers=loader_workers(config.data),
+            precision=state.precision,
         ) as loader:
             for batch in loader:
                 yield batch.views
 
-    dtype = torch.half if device.type == "cuda" else torch.float  # as the loaders give them
+    dtype = _view_dtype(config, device)
     views = _random_views(config, device, 3 if config.loss.uses_global else 2)
     return Contestant(train, tuple(v.to(dtype=dtype, memory_format=torch.channels_last) for v in views), batches)
 
@@ -97,7 +98,7 @@ def supervised(config: Config, device: torch.device) -> Contestant:
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-    dtype = torch.half if device.type == "cuda" else torch.float
+    dtype = _view_dtype(config, device)
     (view,) = _random_views(config, device, 1)
     return Contestant(train, (view.to(dtype=dtype, memory_format=torch.channels_last),))
 
@@ -119,3 +120,9 @@ def _random_views(config: Config, device: torch.device, count: int) -> Views:
     """This rank's share of a batch."""
     size, rows = config.data.image_size, config.train.batch_size // distributed.world_size()
     return tuple(torch.randn(rows, 3, size, size, device=device) for _ in range(count))
+
+
+def _view_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """As the loaders give them."""
+    half = device.type == "cuda" and pick_precision(config.train.precision, device) != torch.float32
+    return torch.half if half else torch.float
