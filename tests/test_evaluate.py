@@ -323,7 +323,7 @@ def test_pictures_stay_readable_whatever_the_number_of_classes(count: int, tmp_p
 
 
 def test_names_are_cut_to_one_short_line() -> None:
-    for name in ODD:
+    for name in [*ODD, "bell\x07", "\u202eright to left"]:
         assert len(evaluate_pictures.short(name)) <= 18
         assert evaluate_pictures.short(name).isprintable()
     assert evaluate_pictures.short("a tabby cat that sleeps 2") == "a tabby cat…eeps 2"
@@ -339,6 +339,6 @@ def test_a_map_of_few_images_or_dimensions(count: int, width: int) -> None:
 
 def test_a_map_keeps_clusters_apart() -> None:
     features = clusters(0.2)
-    points = evaluate_pictures.project(features.val.numpy())
-    nearest = KNeighborsClassifier(3).fit(points, features.val_labels)
-    assert nearest.score(points, features.val_labels) > 0.95
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(0))
+    points, labels = evaluate_pictures.project(features.val[order].numpy()), features.val_labels[order]
+    assert KNeighborsClassifier(3).fit(points, labels).score(points, labels) > 0.95
