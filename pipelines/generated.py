@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from reco_fast.pipelines.sources import DataError
+from reco_fast.pipelines.sources import DataError, cache_folder
 
 __all__ = ["MOTIFS", "Difficulty", "draw", "generate"]
 
@@ -79,15 +79,13 @@ def generate(cache_dir: Path | None = None) -> tuple[Path, Path]:
     """The folders of training and validation images, by class; written on the first call, which takes seconds.
 
     Args:
-        cache_dir: where to keep them; None for `$XDG_CACHE_HOME/reco_fast` or `~/.cache/reco_fast`.
+        cache_dir: where to keep them; None for `sources.cache_folder()`.
 
     Raises:
         DataError: the cache folder cannot be written.
     """
-    if cache_dir is None:
-        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reco_fast"
     difficulty = Difficulty()
-    folder = cache_dir / f"generated-v{VERSION}-{zlib.crc32(repr(difficulty).encode()):08x}"
+    folder = (cache_dir or cache_folder()) / f"generated-v{VERSION}-{zlib.crc32(repr(difficulty).encode()):08x}"
     if not folder.is_dir():
         try:
             _write_once(folder, difficulty)

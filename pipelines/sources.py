@@ -1,4 +1,5 @@
-"""Where encoded images come from: a folder at any depth or WebDataset `.tar` shards, read by index."""
+"""Where encoded images come from, read by index: a folder at any depth or WebDataset `.tar` shards; from here also the
+data sets known by name (`named`) and those of Hugging Face (`hugging_face`)."""
 
 import hashlib
 import os
@@ -59,12 +60,17 @@ class ImageSource(Protocol):
 
 def open_source(path: str | os.PathLike[str]) -> ImageSource:
     """Open a folder of images, a `.tar` file, a folder of `.tar` files, or a pattern of them such as
-    `train-{0000..0127}.tar` or `train-*.tar`.
+    `train-{0000..0127}.tar` or `train-*.tar`; `hf:NAME[:SPLIT]` of Hugging Face; or, where nothing has this path,
+    `cifar10[:test]` or `stl10[:test|:unlabeled]`.
 
     Raises:
         DataError: there is nothing at `path`, or no image in it.
     """
     text = os.fspath(path)
+    if text.startswith("hf:"):
+        from reco_fast.pipelines.hugging_face import open_hugging_face
+
+        return open_hugging_face(text.removeprefix("hf:"))
     place = Path(text).expanduser()
     if place.is_dir():
         return _open_folder(place)
@@ -80,7 +86,17 @@ def open_source(path: str | os.PathLike[str]) -> ImageSource:
             if not shard.is_file():
                 raise DataError(f"{shard}: expected a .tar file, there is none")
         return TarSource(shards)
+    from reco_fast.pipelines.named import DATA_SETS, open_named
+
+    name, _, split = text.partition(":")
+    if name in DATA_SETS:
+        return open_named(name, split)
     raise DataError(f"{text}: expected a folder of images or .tar shards, there is nothing at this path")
+
+
+def cache_folder() -> Path:
+    """Where things are kept that can be had again: `$XDG_CACHE_HOME/reco_fast` or `~/.cache/reco_fast`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reco_fast"
 
 
 def _expand(pattern: str) -> Iterator[Path]:
@@ -161,7 +177,7 @@ class FolderSource:
     def fingerprint(self) -> str:
         with ThreadPoolExecutor(16) as pool:  # a network file system answers many questions at once
             sizes = list(pool.map(self._sizes, np.array_split(np.arange(len(self)), 64)))
-        return _fingerprint(PackedNames(self.names), np.concatenate(sizes))
+        return fingerprint_of(PackedNames(self.names), np.concatenate(sizes))
 
     def _sizes(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.array([self.stamp(index)[0] for index in indices.tolist()], np.int64)
@@ -286,7 +302,7 @@ class TarSource:
         return self.shards[bisect_right(self._counts, index) - 1]
 
     def fingerprint(self) -> str:
-        return _fingerprint(PackedNames(self.names), self._places[:, 1])
+        return fingerprint_of(PackedNames(self.names), self._places[:, 1])
 
 
 class _Member(NamedTuple):
@@ -336,5 +352,6 @@ def _index_shard(path: Path) -> tuple[list[_Member], str]:
     return members, reason
 
 
-def _fingerprint(names: PackedNames, sizes: NDArray[np.int64]) -> str:
+def fingerprint_of(names: PackedNames, sizes: NDArray[np.int64]) -> str:
+    """Of `names` and `sizes` [len(names)] in bytes, 32 hexadecimal digits."""
     return hashlib.sha256(names.digest() + sizes.tobytes()).hexdigest()[:32]

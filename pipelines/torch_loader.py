@@ -1,6 +1,7 @@
 """The recipe by Pillow and torchvision, in worker processes: slower than DALI, and runs wherever PyTorch does."""
 
 import gc
+import os
 from collections.abc import Callable, Iterator
 from itertools import count
 from typing import NamedTuple
@@ -54,7 +55,7 @@ class TorchLoader(Loader):
                 num_workers=workers,
                 pin_memory=device.type == "cuda",
                 prefetch_factor=2 if workers else None,
-                worker_init_fn=_leave_inherited_objects_alone,
+                worker_init_fn=_stand_apart,
             )
         )
 
@@ -121,9 +122,12 @@ class OneAhead(Iterator[Batch]):
             return error
 
 
-def _leave_inherited_objects_alone(_: int) -> None:
-    """A forked worker inherits the garbage of its parent; to collect a DALI pipeline there would hang."""
+def _stand_apart(_: int) -> None:
+    """A forked worker inherits the garbage of its parent; to collect a DALI pipeline there would hang. And what is sent
+    to the parent's process group (Ctrl-C, torchrun's SIGTERM) is for the parent, which still needs batches until it
+    has saved."""
     gc.freeze()
+    os.setpgid(0, 0)
 
 
 class _Pixels(NamedTuple):
