@@ -7,6 +7,8 @@ from setuptools import setup
 
 EXPORT = ["onnx>=1.18", "onnxscript>=0.5"]  # for --format onnx
 PARQUET = ["pyarrow>=16"]
+HF = ["datasets>=4"]  # for --data.path hf:NAME
+WANDB = ["wandb>=0.19"]  # for --run.wandb
 EXAMPLES = ["lightning>=2.5", "lightly>=1.5.20", "faiss-cpu>=1.9"]
 PROFILE = ["torch-tb-profiler>=0.4.3", "matplotlib>=3.8"]
 TEST = ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6", "ruff>=0.12", "mypy>=1.15", "selenium>=4.20"]
@@ -38,7 +40,7 @@ setup(
         "safetensors>=0.5",
         "scikit-learn>=1.4",
         "tensorboard>=2.16",
-        "tyro>=1.0",
+        "tyro>=1.0.17",
     ],
     extras_require={
         "dali": ["nvidia-dali-cuda130>=2.4"],
@@ -46,6 +48,8 @@ setup(
         "export": EXPORT,
         "parquet": PARQUET,
         "evaluate": ["matplotlib>=3.8"],
+        "hf": HF,
+        "wandb": WANDB,
         "examples": EXAMPLES,
         "profile": PROFILE,
         "test": TEST,

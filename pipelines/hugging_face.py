@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class HuggingFaceSource:
         if len(dataset) == 0:
             raise DataError(f"{name}: expected images, it has no rows")
         self.unreadable: dict[str, str] = {}
-        self.names = PackedNames([f"{row:09d}" for row in range(len(dataset))])
+        self.names: Sequence[str] = PackedNames([f"{row:09d}" for row in range(len(dataset))])
         self.labels: NDArray[np.int64] | None = None
         self.classes: list[str] = []
         for key, kind in dataset.features.items():
@@ -64,7 +65,7 @@ class HuggingFaceSource:
             for chunk in rows[self._column].chunks:
                 lengths = compute.fill_null(compute.binary_length(chunk.field("bytes")), -1)
                 sizes.append(lengths.to_numpy(zero_copy_only=False).astype(np.int64))
-        return fingerprint_of(self.names, np.concatenate(sizes))
+        return fingerprint_of(PackedNames(self.names), np.concatenate(sizes))
 
 
 def open_hugging_face(text: str) -> HuggingFaceSource:

@@ -6,6 +6,7 @@ import shutil
 import tarfile
 import tempfile
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,7 +129,7 @@ class PixelSource:
         self._record = self._skip + 3 * self._side**2
         counts = [os.path.getsize(file) // self._record for file in self._files]
         self._ends = np.cumsum(counts).tolist()
-        self.names = PackedNames(
+        self.names: Sequence[str] = PackedNames(
             [
                 f"{Path(file).stem}/{index:06d}"
                 for file, n in zip(self._files, counts, strict=True)
@@ -156,4 +157,4 @@ class PixelSource:
         return b"P6 %d %d 255\n" % (self._side, self._side) + image.tobytes()
 
     def fingerprint(self) -> str:
-        return fingerprint_of(self.names, np.full(len(self), self._record, np.int64))
+        return fingerprint_of(PackedNames(self.names), np.full(len(self), self._record, np.int64))

@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 def parse(kind: type[T], argv: Sequence[str], *, prog: str, description: str, default: T | None = None) -> T:
-    """`argv` as an instance of the dataclass `kind`. Prints help and exits 0 for `--help`.
+    """`argv` as an instance of the dataclass `kind`. Prints help and exits 0 for `--help` and `--help-verbose`.
 
     Raises ConfigError in one line: an unknown flag with the nearest right one, a bad value with what is allowed.
     """
@@ -31,7 +31,7 @@ def parse(kind: type[T], argv: Sequence[str], *, prog: str, description: str, de
     known = sorted(_flags(kind))
     for argument in arguments:
         name = argument.split("=")[0].replace("_", "-")
-        if argument.startswith("--") and name not in known and name != "--help":
+        if argument.startswith("--") and name not in known and name not in ("--help", "--help-verbose"):
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]}?" if close else "--help lists them"
             raise ConfigError(f"{argument.split('=')[0]}: unknown flag; {hint}")
@@ -39,7 +39,7 @@ def parse(kind: type[T], argv: Sequence[str], *, prog: str, description: str, de
     options: dict[str, Any] = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(kind, args=arguments, prog=prog, description=description, **options)
+            return tyro.cli(kind, args=arguments, prog=prog, description=description, compact_help=True, **options)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise

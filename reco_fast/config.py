@@ -30,7 +30,7 @@ def _require(ok: bool, flag: str, value: object, expected: str) -> None:
 @dataclass(frozen=True)
 class DataConfig:
     path: Path | None = None
-    """Training images: a folder at any depth, or WebDataset .tar shards. Labels are not needed."""
+    """Training images, without labels: a folder at any depth, .tar shards, cifar10, stl10:unlabeled, hf:NAME."""
     val_path: Path | None = None
     """Held-out images by class for the kNN evaluation; --data.path must then be by class too."""
     manifest: Path | None = None
@@ -60,8 +60,7 @@ class ModelConfig:
     projection_dim: int = 128
     """Width D of the embeddings and of the memory banks."""
     key_norm: Literal["batch", "split", "shuffle", "ema"] = "batch"
-    """Batch norm of the teacher: of its batch; of shuffled groups of it (split); of images shuffled between ranks;
-    or moving averages of the student's (ema)."""
+    """Teacher's batch norm: of its batch, of groups of it, of images shuffled between ranks, or moving averages."""
     norm_groups: int = 8
     """Groups a rank's batch is split into for --model.key-norm split."""
     bank_size: int = 65536
@@ -191,6 +190,8 @@ class RunConfig:
     """Minutes between checkpoints; there is always one at the end, and one when the run is asked to stop."""
     checkpoint_steps: int | None = None
     """Also every so many steps."""
+    wandb: str | None = None
+    """Weights & Biases project to which the TensorBoard scalars and pictures go as well."""
 
     def __post_init__(self) -> None:
         _require(self.log_every >= 1, "run.log-every", self.log_every, "1 or more")

@@ -38,7 +38,7 @@ PART_SECONDS = 30.0  # of work that an interruption loses at most
 @dataclass(frozen=True)
 class ImagesConfig:
     path: Path | None = None
-    """A folder at any depth, or WebDataset .tar shards."""
+    """A folder at any depth, WebDataset .tar shards, cifar10:test or hf:NAME."""
     loader: Literal["auto", "dali", "torch"] = "auto"
     """auto takes DALI where it is installed."""
     workers: int = 0

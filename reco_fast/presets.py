@@ -61,7 +61,7 @@ PRESETS: dict[str, tuple[Config, str]] = {
         CIFAR10,
         """ResNet-18 with a 3×3 stem on CIFAR-10 or any folder of small images.
 
-        python -m reco_fast.train cifar10 --data.path cifar10/train --data.val-path cifar10/test
+        python -m reco_fast.train cifar10 --data.path cifar10 --data.val-path cifar10:test
 
         Not yet run to its end: no accuracy to expect is known.""",
     ),

@@ -34,6 +34,7 @@ from reco_fast.state import TrainState, build_state, pick_device
 from reco_fast.step import METRICS, draw, scheduled, train_step
 from reco_fast.stop import StopRequest
 from reco_fast.typed import as_dataclass, one_line
+from reco_fast.wandb_log import wandb_beside
 
 SAMPLE = 2048  # training images whose features are looked at where there are no labels
 MANY_SKIPPED = 20  # steps in a row without a finite gradient, after which a run gives up
@@ -99,6 +100,7 @@ def train(preset: str, config: Config) -> int:
                 first_step=state.step,
                 precision=state.precision,
             ) as loader,
+            wandb_beside(folder, config.run.wandb, config.to_json()) if writes and config.run.wandb else nullcontext(),
             RunLog(folder if writes else None, total_steps=run.stop_at, first_step=state.step) as log,
             checkpoint.Writer(folder / "checkpoints") as writer,
             StopRequest() as stop,
@@ -311,6 +313,14 @@ def check_same_images(progress: Progress, source: ImageSource, path: Path | None
     if progress.fingerprint not in (None, fingerprint):
         raise ConfigError(f"--data.path: expected the images that this run began with, {path} holds others now")
     progress.fingerprint = fingerprint
+
+
+def check_same_start(state: TrainState) -> None:
+    """All ranks must have found the same checkpoint, or none."""
+    steps = sorted(set(distributed.all_gather(torch.tensor([state.step], device=state.device)).tolist()))
+    if len(steps) > 1:
+        found = " and ".join(map(str, steps))
+        raise ConfigError(f"--run.dir: expected a folder that all machines share, ranks found runs at step {found}")
 
 
 def check_ranks(config: Config) -> None:

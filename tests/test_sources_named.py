@@ -54,7 +54,7 @@ def web(tmp_path: Path) -> Iterator[str]:
     (tmp_path / "web").mkdir()
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "web")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()

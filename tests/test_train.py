@@ -1,5 +1,6 @@
 """The command: what it writes, that it goes on exactly, and what it refuses."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -267,3 +268,35 @@ def test_progress_of_a_wrong_type_is_one_line(
 def test_a_run_without_finite_gradients_gives_up(images: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no finite gradient in the last"):
         run(images, tmp_path / "run", "--train.epochs", 20, "--optim.lr", "1e30")
+
+
+def test_weights_and_biases_gets_what_tensorboard_gets(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb", reason="wandb is not installed; pip install 'reco-fast[wandb]'")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run(images, tmp_path / "run", "--run.wandb", "mine", "--train.max-steps", 2)
+    (written,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    content = written.read_bytes()
+    for word in (b"train/loss_instance", b"augmented views", b"bank_size", b"mine"):
+        assert word in content
+    run(images, tmp_path / "run", "--train.max-steps", 4)  # the flag may differ when a run goes on
+    assert written.read_bytes() == content
+
+
+def test_weights_and_biases_without_the_package_is_one_line(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
+    with pytest.raises(ConfigError, match=r"--run\.wandb: expected the wandb package.* 'reco-fast\[wandb\]'"):
+        run(images, tmp_path / "run", "--run.wandb", "mine")
+
+
+def test_ranks_that_see_different_run_folders_are_refused(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train.distributed, "all_gather", lambda own: torch.cat([own, own + 5]))
+    with pytest.raises(ConfigError, match="a folder that all machines share, ranks found runs at step 0 and 5"):
+        run(images, tmp_path / "run")
