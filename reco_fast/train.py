@@ -76,6 +76,7 @@ def train(preset: str, config: Config) -> int:
             return 0
         writes = distributed.rank() == 0
         progress = Progress() if resume_from is None else Progress.restore(resume_from, state)
+        check_same_start(state)
         if writes:
             check_same_images(progress, source, config.data.path)
         order = TrainingOrder(
