@@ -1,9 +1,10 @@
-"""Draw the pictures of the README from the runs in docs/results: `python docs/figures.py` (needs matplotlib)."""
+"""Draw the pictures of README.md and method.md: `python docs/figures.py` (needs matplotlib)."""
 
 import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 
 HERE = Path(__file__).parent
@@ -70,11 +71,53 @@ def learning_curve(axes: Axes) -> None:
     axes.tick_params(labelsize=7)
 
 
+def global_relation(axes: Axes) -> None:
+    """What the student's similarities to a bank are pulled to, of a small bank drawn at random."""
+    rng = np.random.default_rng(1)
+    bank, query = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in rng.normal(size=(2, 14, 24)))
+    weak = query[0] + 0.15 * rng.normal(size=24)
+    for row, temperature, shift, label in (
+        (weak / np.linalg.norm(weak), 0.04, -0.2, "teacher, weak view, τ = 0.04: the target"),
+        (query[0], 0.1, 0.2, "student, strong view, τ = 0.1"),
+    ):
+        weights = np.exp(bank @ row / temperature)
+        axes.bar(np.arange(14) + shift, weights / weights.sum(), 0.4, label=label)
+    axes.set(xlabel="row of the bank B", ylabel="softmax of the similarity", title="global relation", xticks=[])
+    axes.legend(frameon=False, fontsize=7)
+
+
+def local_relation(axes: Axes) -> None:
+    """The mix target between two keys on the circle, for λ = 0.7."""
+    circle = np.linspace(0, 2 * np.pi, 200)
+    axes.plot(np.cos(circle), np.sin(circle), color=QUIET, linewidth=0.8)
+    own, other = (np.array([np.cos(angle), np.sin(angle)]) for angle in (1.9, 0.35))
+    target = 0.7 * own + 0.3 * other
+    target /= np.linalg.norm(target)
+    axes.plot(*zip(own, other, strict=True), color=QUIET, linestyle=":")
+    for point, text in ((own, "a"), (other, "k[π]"), (target, "t, λ = 0.7")):
+        axes.annotate("", point, (0, 0), arrowprops={"arrowstyle": "->", "color": INK})
+        axes.text(*(1.13 * point), text, ha="center", va="center", fontsize=8)
+    away = np.linspace(2.8, 5.6, 9)
+    axes.scatter(np.cos(away), np.sin(away), s=12, color=QUIET)
+    axes.text(0.1, -0.78, "rows of the bank A", ha="center", fontsize=7, color=QUIET)
+    axes.set(title="local relation: q_mix → t", aspect="equal", ylim=(-1.1, 1.3))
+    axes.axis("off")
+
+
 def main() -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), width_ratios=(2, 1), layout="constrained")
     method(left)
     learning_curve(right)
     figure.savefig(HERE / "images" / "overview.png", dpi=150)
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8), width_ratios=(3, 2), layout="constrained")
+    global_relation(left)
+    local_relation(right)
+    for axes in (left, right):
+        axes.title.set_fontsize(9)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=7)
+    figure.savefig(HERE / "images" / "relations.png", dpi=110)
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def test_two_hosts_save_before_the_time_limit_and_go_on(slurm: dict[str, str], t
             time.sleep(0.1)
         assert first.poll() is None, first.communicate()[0][-3000:]
         first.send_signal(10)  # SIGUSR1, to the script alone
-        output, _ = first.communicate(timeout=120)
+        output, _ = first.communicate(timeout=600)
     finally:
         first.kill()
     assert first.returncode == 0, output[-3000:]
@@ -114,7 +114,7 @@ def test_two_hosts_save_before_the_time_limit_and_go_on(slurm: dict[str, str], t
 
     (tmp_path / "statuses").unlink()
     second = started(slurm, tmp_path, *command)
-    output, _ = second.communicate(timeout=240)
+    output, _ = second.communicate(timeout=600)
     assert second.returncode == 0, output[-3000:]
     assert (tmp_path / "statuses").read_text() == "0\n0\n"
     assert (tmp_path / "requests").read_text().count("requeue") == 1
@@ -128,7 +128,7 @@ def test_two_hosts_save_before_the_time_limit_and_go_on(slurm: dict[str, str], t
 
 def test_a_failure_is_not_requeued(slurm: dict[str, str], tmp_path: Path) -> None:
     done = started({**slurm, "SLURM_JOB_NUM_NODES": "1"}, tmp_path, "cifar10", "--data.path", "nowhere")
-    output, _ = done.communicate(timeout=120)
+    output, _ = done.communicate(timeout=600)
     assert done.returncode != 0
     assert "error: nowhere: expected a folder" in output
     assert not (tmp_path / "requests").exists()
