@@ -25,6 +25,7 @@ from reco_fast.data import loader_workers
 from reco_fast.embed_files import Part, Parts, name_bad_images, write_npz, write_parquet, write_projector
 from reco_fast.evaluate import load_run
 from reco_fast.export import check_output, whole_file
+from reco_fast.metrics import Meter
 from reco_fast.pipelines.augmentations import evaluation_recipe
 from reco_fast.pipelines.loader import open_loader
 from reco_fast.pipelines.order import EvaluationOrder
@@ -92,7 +93,9 @@ def embed(command: EmbedCommand) -> int:
     parts = Parts(Path(f"{command.output}.parts"), fingerprint(source, backbone, settings))
     backbone = backbone.to(device).to(memory_format=torch.channels_last)
     try:
-        compute(backbone, source, data, parts, batch_size=command.batch_size, device=device, precision=precision)
+        meter = compute(
+            backbone, source, data, parts, batch_size=command.batch_size, device=device, precision=precision
+        )
     except KeyboardInterrupt:
         print(f"\nstopped after {parts.images} images; the same command goes on from there", file=sys.stderr)
         return 130
@@ -101,6 +104,9 @@ def embed(command: EmbedCommand) -> int:
         (write_npz if command.output.suffix == ".npz" else write_parquet)(path, found, source)
     parts.remove()
     print(f"{command.output}: {len(found.features):,} × {found.features.shape[1]} features of the {command.which}")
+    rate, waited = meter.read()
+    if rate:  # else all was done before an interruption
+        print(f"{rate:.0f} images/s, {100 * waited:.0f} % of the time waiting for images")
     name_bad_images(Path(f"{command.output}.bad_images.txt"), found.bad)
     if command.projector is not None:
         write_projector(command.projector, found, source, workers=loader_workers(data))
@@ -125,12 +131,13 @@ def compute(
     batch_size: int,
     device: torch.device,
     precision: torch.dtype,
-) -> None:
-    """Add to `parts` what they lack. Whatever ends it, what was computed is kept."""
+) -> Meter:
+    """Add to `parts` what they lack. Whatever ends it, what was computed is kept. Returns how long that took."""
+    meter = Meter()
     order = EvaluationOrder(len(source), batch_size)
     assert order.steps is not None
     if parts.steps == order.steps:
-        return
+        return meter
     part = Part(parts.steps)
     started = time.monotonic()
     with (
@@ -149,7 +156,9 @@ def compute(
         progress(len(source), parts.images) as advance,
     ):
         try:
-            for step, batch in zip(range(parts.steps, order.steps), loader, strict=True):
+            for step in range(parts.steps, order.steps):
+                with meter.waiting():
+                    batch = next(loader)
                 with torch.autocast(device.type, precision, enabled=precision != torch.float32):
                     features = backbone(batch.views[0]).float().cpu().numpy()
                 _, wanted = order.batch(step)
@@ -160,6 +169,7 @@ def compute(
                     bad = {source.names[index]: reasons[source.names[index]] for index in wanted[~good].tolist()}
                 part.add(features[good], wanted[good], bad)
                 advance(len(wanted))
+                meter.add(len(wanted))
                 if time.monotonic() - started > PART_SECONDS:
                     parts.add(part)
                     part = Part(step + 1)
@@ -168,6 +178,7 @@ def compute(
             parts.add(part)
             if parts.steps == 0:
                 parts.remove()
+    return meter
 
 
 if __name__ == "__main__":

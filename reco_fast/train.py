@@ -109,6 +109,8 @@ def train(preset: str, config: Config) -> int:
             log.say(f"{folder}: {config.loss.objective} with {config.model.arch} on {len(source)} images, {device}")
             for line in left_out:
                 log.say(line)
+            if labelled is None:
+                log.say("no --data.val-path with images by class: no kNN evaluation, only losses")
             loop(run, state, progress, loader, log, writer, stop)
     return 0
 
@@ -271,6 +273,7 @@ def loop(
             "knn_top1": progress.knn_top1,
         }
     )
+    log.say(f"done; python -m reco_fast.embed {run.folder} --data.path {config.data.path} --output features.npz")
 
 
 def context(run: Run, state: TrainState, values: dict[str, float], steps: int) -> dict[str, float]:

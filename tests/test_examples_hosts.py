@@ -93,7 +93,7 @@ def test_two_hosts_save_before_the_time_limit_and_go_on(slurm: dict[str, str], t
     rng = np.random.default_rng(0)
     for index in range(32):
         Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(tmp_path / "images" / f"{index}.png")
-    command = ["cifar10", "--data.path", "images", "--run.dir", "run", "--train.epochs", "200", *OPTIONS]
+    command = ["cifar10", "--data.path", "images", "--run.dir", "run", "--train.epochs", "60", *OPTIONS]
 
     first = started(slurm, tmp_path, *command)
     try:
@@ -119,9 +119,9 @@ def test_two_hosts_save_before_the_time_limit_and_go_on(slurm: dict[str, str], t
     assert (tmp_path / "statuses").read_text() == "0\n0\n"
     assert (tmp_path / "requests").read_text().count("requeue") == 1
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(2, 401, 2))
+    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(2, 121, 2))
     assert lines[-1]["kind"] == "end"
-    assert lines[-1]["steps"] == 400
+    assert lines[-1]["steps"] == 120
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["bin", "images", "run"]
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["ranks"] == 2
 

@@ -99,7 +99,7 @@ def test_evaluate_reads_a_run_and_writes_beside_it(
     assert "config.json" in capsys.readouterr().err
 
 
-def test_images_without_labels_train(images: Path, tmp_path: Path) -> None:
+def test_images_without_labels_train(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flat = tmp_path / "flat" / "deeper"
     flat.mkdir(parents=True)
     for index, path in enumerate(sorted((images / "train").rglob("*.jpg"))):
@@ -112,6 +112,9 @@ def test_images_without_labels_train(images: Path, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["knn_top1"] is None
     assert lines[-2]["kind"] == "eval"
+    printed = capsys.readouterr().out.splitlines()
+    assert "no kNN evaluation" in printed[1]
+    assert printed[-1].startswith(f"done; python -m reco_fast.embed {tmp_path / 'run'} --data.path {tmp_path / 'flat'}")
     listed = (tmp_path / "run" / "bad_images.txt").read_bytes().splitlines()
     assert [line.split(b"\t")[0] for line in listed] == [
         b"deeper/bad.jpg",
