@@ -134,6 +134,7 @@ class ReCoLoss(nn.Module):
         permutation: Tensor | None,
         mix_ratio: float | Tensor,
     ) -> ReCoLossOutput:
+        """`reco_loss` of the same arguments."""
         return reco_loss(
             query,
             query_mix,
