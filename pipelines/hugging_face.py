@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ class HuggingFaceSource:
         if len(dataset) == 0:
             raise DataError(f"{name}: expected images, it has no rows")
         self.unreadable: dict[str, str] = {}
+        self.known_bad: dict[int, str] = {}
+        self.journal: Path | None = None
         self.names: Sequence[str] = PackedNames([f"{row:09d}" for row in range(len(dataset))])
         self.labels: NDArray[np.int64] | None = None
         self.classes: list[str] = []
@@ -58,14 +61,22 @@ class HuggingFaceSource:
             return Path(image["path"]).read_bytes()
         return image["bytes"]
 
+    def stamp(self, index: int) -> tuple[int, int]:
+        return int(self._sizes[index]), 0
+
     def fingerprint(self) -> str:
+        return fingerprint_of(PackedNames(self.names), self._sizes)
+
+    @cached_property
+    def _sizes(self) -> NDArray[np.int64]:
+        """[len] Bytes of each image; -1 where a row has none in it. Reads no image."""
         compute: Any = importlib.import_module("pyarrow.compute")
         sizes = []
         for rows in self._dataset.with_format("arrow").iter(10_000):
             for chunk in rows[self._column].chunks:
                 lengths = compute.fill_null(compute.binary_length(chunk.field("bytes")), -1)
                 sizes.append(lengths.to_numpy(zero_copy_only=False).astype(np.int64))
-        return fingerprint_of(PackedNames(self.names), np.concatenate(sizes))
+        return np.concatenate(sizes)
 
 
 def open_hugging_face(text: str) -> HuggingFaceSource:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torchvision.datasets.utils import download_url
 
-from reco_fast.pipelines.sources import DataError, ImageSource, PackedNames, cache_folder, fingerprint_of
+from reco_fast.pipelines.sources import DataError, ImageSource, PackedNames, cache_folder, fingerprint_of, stamp_of
 
 __all__ = ["DATA_SETS", "DataSet", "open_named"]
 
@@ -120,6 +120,8 @@ class PixelSource:
 
     def __init__(self, root: Path, data_set: DataSet, split: str) -> None:
         self.unreadable: dict[str, str] = {}
+        self.known_bad: dict[int, str] = {}
+        self.journal: Path | None = None
         self.classes: list[str] = []
         self.labels: NDArray[np.int64] | None = None
         self._files = [os.fspath(root / file) for file in data_set.splits[split]]
@@ -148,13 +150,19 @@ class PixelSource:
         return len(self.names)
 
     def read(self, index: int) -> bytes:
-        file = bisect_right(self._ends, index)
+        file = self._file(index)
         row = index - (self._ends[file - 1] if file else 0)
         with open(self._files[file], "rb", buffering=0) as opened:
             planes = os.pread(opened.fileno(), 3 * self._side**2, row * self._record + self._skip)
         pixels = np.frombuffer(planes, np.uint8).reshape(3, self._side, self._side)
         image = pixels.transpose(2, 1, 0) if self._by_column else pixels.transpose(1, 2, 0)
         return b"P6 %d %d 255\n" % (self._side, self._side) + image.tobytes()
+
+    def stamp(self, index: int) -> tuple[int, int]:
+        return self._record, stamp_of(self._files[self._file(index)])[1]
+
+    def _file(self, index: int) -> int:
+        return bisect_right(self._ends, index)
 
     def fingerprint(self) -> str:
         return fingerprint_of(PackedNames(self.names), np.full(len(self), self._record, np.int64))

@@ -172,7 +172,7 @@ class FolderSource:
             return file.read()
 
     def stamp(self, index: int) -> tuple[int, int]:
-        return _stamp(f"{self.root}/{self.names[index]}")
+        return stamp_of(f"{self.root}/{self.names[index]}")
 
     def fingerprint(self) -> str:
         with ThreadPoolExecutor(16) as pool:  # a network file system answers many questions at once
@@ -183,7 +183,8 @@ class FolderSource:
         return np.array([self.stamp(index)[0] for index in indices.tolist()], np.int64)
 
 
-def _stamp(path: str) -> tuple[int, int]:
+def stamp_of(path: str) -> tuple[int, int]:
+    """Size in bytes and time of change in ns of a file; (-1, 0) where they cannot be had."""
     try:
         status = os.stat(path)
     except OSError:
@@ -296,7 +297,7 @@ class TarSource:
             return os.pread(file.fileno(), size, offset)
 
     def stamp(self, index: int) -> tuple[int, int]:
-        return int(self._places[index, 1]), _stamp(self._shard(index))[1]
+        return int(self._places[index, 1]), stamp_of(self._shard(index))[1]
 
     def _shard(self, index: int) -> str:
         return self.shards[bisect_right(self._counts, index) - 1]

@@ -111,6 +111,8 @@ def test_cifar10_is_fetched_once_and_read_in_place(
     assert train.classes[:4] == ["airplane", "automobile", "bird", "cat"]
     assert list(train.names) == sorted(set(train.names))
     assert train.names[COUNT] == "data_batch_2/000000"
+    batch_2 = tmp_path / "cache" / "reco_fast" / "cifar10" / "data_batch_2.bin"
+    assert train.stamp(COUNT) == (3073, batch_2.stat().st_mtime_ns)
     assert train.fingerprint() == open_source("cifar10:train").fingerprint() != test.fingerprint()
     kept = {str(path.relative_to(tmp_path / "cache")) for path in (tmp_path / "cache").rglob("*")}
     files = {f"reco_fast/cifar10/{file}" for files in named.DATA_SETS["cifar10"].splits.values() for file in files}
@@ -202,6 +204,7 @@ def test_hugging_face_from_disk_and_from_parquet(hugging_face: tuple[Any, list[b
         assert source.labels is not None
         assert source.labels.tolist() == [0, 1, 1] * 4
         assert source.classes == ["cat", "dog"]
+        assert [source.stamp(index)[0] for index in range(12)] == [len(data) for data in encoded]
         prints.add(source.fingerprint())
     dataset.select(range(11, -1, -1)).save_to_disk(tmp_path / "reversed")
     assert open_source("hf:reversed").read(0) == encoded[11]
