@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from reco_fast.kernels import launch, relation_loss
+from reco_fast.kernels import launch, relation_kernels, relation_loss
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -43,6 +43,8 @@ class Compiled:
     tensor_instructions: dict[str, int]
     instructions: int
     warps: int
+    dots: int  # `tl.dot` in the source as Triton reads it
+    tf32_instructions: int  # of NVIDIA's virtual machine code
     programs: int = 0  # that the launch table counts on, a multiprocessor; 0 where it does not matter
 
 
@@ -57,7 +59,7 @@ def matrix(architecture: str) -> Iterator[Compiled]:
     widest = {"D": launch.WIDEST, "BLOCK_D": launch.WIDEST}
     yield _compile(
         architecture,
-        relation_loss._unit_kernel,
+        relation_kernels.unit_kernel,
         {"N": "i32", "unit_rows": "*bf16"},
         {**widest, "BLOCK_N": 16, "DTYPE": triton.language.bfloat16, "EMULATE": False},
         "D 256",
@@ -67,7 +69,7 @@ def matrix(architecture: str) -> Iterator[Compiled]:
         name = "tensor weights" if kind == "*fp32" else "number weights"
         yield _compile(
             architecture,
-            relation_loss._combine_kernel,
+            relation_kernels.combine_kernel,
             {
                 **dict.fromkeys(("N", "splits", "mix_ratio_stride"), "i32"),
                 **dict.fromkeys((f"inverse_{x}temperature" for x in ("", "student_", "teacher_")), "fp32"),
@@ -80,7 +82,7 @@ def matrix(architecture: str) -> Iterator[Compiled]:
         )
         yield _compile(
             architecture,
-            relation_loss._mean_kernel,
+            relation_kernels.mean_kernel,
             {"N": "i32", **scalars},
             {"GLOBAL": True, "LOCAL": True, "BLOCK": 1024},
             name,
@@ -102,7 +104,7 @@ def attend(architecture: str, dtype: str, block_d: int, tile: launch.Tile, onlin
     }
     name = f"{dtype} D {block_d}, {tile.rows}×{tile.bank_rows}, {tile.warps} warps, {tile.stages} stages"
     name += f", {'online' if online else 'fixed'} maximum{', tail' if masked else ''}"
-    return _compile(architecture, relation_loss._attend_kernel, signature, constants, name, tile.warps, tile.stages)
+    return _compile(architecture, relation_kernels.attend_kernel, signature, constants, name, tile.warps, tile.stages)
 
 
 def _compile(
@@ -144,6 +146,8 @@ def _compile(
         {name: found.count(name) for name in sorted(set(found))},
         count,
         warps,
+        len(re.findall(r"= tt\.dot ", compiled.asm["ttir"])),
+        len(re.findall(r"mma\S*\.(?:f32\.)?(?:kind::)?tf32", compiled.asm.get("ptx", ""))),
     )
 
 

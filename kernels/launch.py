@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 WIDEST = 256  # of a row, D
-MOST_SPLITS = 64  # `_combine_kernel` holds one row of each in registers
+MOST_SPLITS = 64  # `combine_kernel` holds one row of each in registers
 PARTIAL_BYTES = 14 * 2**20  # bound on the partial results: all workspace stays under 16 MiB at N = 1024, D = 128
 
 
@@ -134,10 +134,10 @@ class Measured(NamedTuple):
     source: str
 
 
-# The first row that fits decides. Rows for a GPU come from `python -m reco_fast.profiling.kernel_benchmark`; until it
-# has run on one, the choice there is PyTorch's own attention.
+# The first row that fits decides. Rows for a GPU come from `python -m reco_fast.profiling.launch_table`; until a
+# benchmark has run on one, the choice there is PyTorch's own attention.
 MEASURED = (
-    Measured("cpu", 64 * 4096, "sdpa", "docs/kernels.md, CPU: 1.2 to 6.4 times faster than torch, one Xeon thread"),
+    Measured("cpu", 64 * 4096, "sdpa", "docs/kernels.md, CPU: 1.2 to 3.0 times faster than torch, one Xeon thread"),
     Measured("cpu", 1, "torch", "docs/kernels.md, CPU: 1.3 ms against sdpa's 1.7 ms at N 16, K 1024"),
 )
 

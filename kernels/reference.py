@@ -25,10 +25,11 @@ class ReCoLossOutput(NamedTuple):
 
 
 def unit(x: Tensor) -> Tensor:
-    """Rows of `x` [N, D] at length 1, in float32. A zero row stays zero and gets a zero gradient."""
+    """Rows of `x` [N, D] at length 1, in float32. A row shorter than 1e-19 is taken for zero: it becomes zero, and gets
+    a zero gradient."""
     x = x.float()
     square = (x * x).sum(dim=-1, keepdim=True)
-    nonzero = square > 0
+    nonzero = ~(square < torch.finfo(torch.float32).tiny)
     # The inner `where` keeps rsqrt's infinite slope at 0 out of the backward pass (0 · inf is NaN).
     return x * torch.where(nonzero, torch.where(nonzero, square, 1.0).rsqrt(), 0.0)
 
@@ -100,9 +101,10 @@ def reco_loss_sdpa(
 ) -> ReCoLossOutput:
     """The same numbers from PyTorch's attention kernels, in O(N·D·splits) memory. Arguments as in `reco_loss`.
 
-    Rows are rounded to the bank's dtype before the products, as every mixed-precision matrix product would.
+    A bfloat16 bank is copied in another dtype, see `BFLOAT16_ATTENTION`; rows are rounded to it before the products.
     """
     q, k = unit(query), unit(key).detach()
+    bank = _for_attention(bank)
     global_relation, local_relation, teacher_entropy = q.new_zeros(3).unbind()
 
     def against_bank(x: Tensor, target: Tensor) -> Tensor:
@@ -112,7 +114,7 @@ def reco_loss_sdpa(
 
     instance = against_bank(q, k)
     if not is_off(global_weight):
-        k_weak = unit(key_weak).detach()
+        k_weak, bank_weak = unit(key_weak).detach(), _for_attention(bank_weak)
         lse_teacher, teacher_mean = bank_attention(k_weak, bank_weak, teacher_temperature)
         lse_student, _ = bank_attention(q, bank_weak, student_temperature)
         # −Σ_j p_j log s_j = lse_s − ⟨q, Σ_j p_j b_j⟩/τ_s, and the teacher's entropy likewise with itself
@@ -123,6 +125,16 @@ def reco_loss_sdpa(
     total = instance + global_weight * global_relation + local_weight * local_relation
     parts = (instance, global_relation, local_relation, teacher_entropy)
     return ReCoLossOutput(total, *(part.detach() for part in parts))
+
+
+# PyTorch's attention rounds what it returns to the dtype of what it is given. bfloat16's 8 bits are too few where two
+# such means nearly cancel (O_s − O_t of clustered rows: gradients 1.2e-2 off), so it gets bfloat16 banks in a
+# dtype that has more: float16 on CUDA, where products in it cost the same, and float32 on a CPU.
+BFLOAT16_ATTENTION = {"cuda": torch.float16, "cpu": torch.float32}
+
+
+def _for_attention(bank: Tensor) -> Tensor:
+    return bank.to(BFLOAT16_ATTENTION[bank.device.type]) if bank.dtype == torch.bfloat16 else bank
 
 
 def is_off(weight: float | Tensor) -> bool:
@@ -143,15 +155,33 @@ class _BankAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, bank: Tensor, temperature: float) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
         lse, mean = _attend_in_splits(x.detach().to(bank.dtype), bank, 1 / temperature)
-        ctx.save_for_backward(mean)
+        ctx.save_for_backward(mean, x)
         ctx.scale = 1 / temperature
         ctx.mark_non_differentiable(mean)
         return lse, mean
 
     @staticmethod
     def backward(ctx, grad_lse: Tensor, _: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
-        (mean,) = ctx.saved_tensors
-        return mean * (grad_lse * ctx.scale)[:, None], None, None
+        mean, x = ctx.saved_tensors
+        return differentiable_once(mean * (grad_lse * ctx.scale)[:, None], x, "sdpa"), None, None
+
+
+def differentiable_once(grad: Tensor, x: Tensor, impl: str) -> Tensor:
+    """`grad`, a gradient in `x` from which autograd shall not go on: RuntimeError where it would."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # compiled code refuses of itself
+        return _DifferentiableOnce.apply(grad, x, impl)
+    return grad
+
+
+class _DifferentiableOnce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, grad: Tensor, x: Tensor, impl: str) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.impl = impl
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, _: Tensor) -> None:  # type: ignore[no-untyped-def]
+        raise RuntimeError(f'impl: "{ctx.impl}" has no second derivative; expected "torch" where one is needed')
 
 
 def _attend_in_splits(x: Tensor, bank: Tensor, scale: float) -> tuple[Tensor, Tensor]:

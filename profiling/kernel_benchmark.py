@@ -3,26 +3,29 @@
     python -m reco_fast.profiling.kernel_benchmark --output DIR [--only triton sdpa] [--rows 256] [--lengths 65536]
         [--tiles]
 
-Each result is written to `DIR/kernels.json` and `DIR/kernels.md` as soon as it is there; `DIR/kernels.png` comes last.
-On a GPU a step is captured in a CUDA graph and each replay is timed by device events, with a cold L2 cache as in
-training; a step that cannot be captured is launched eagerly, and says so. On a CPU, small sizes by the wall clock.
+Each result is written to `DIR/kernels.json` and `DIR/kernels.md` as soon as it is there; `DIR/kernels.png` follows each
+length. On a GPU a step is captured in a CUDA graph and each replay is timed by device events, with a cold L2 cache as
+in training; a step that cannot be captured is launched eagerly, and says so. On a CPU, small sizes by the wall clock.
+`launch_table.py` enters what was fastest into the table that `impl="auto"` follows.
 """
 
 import argparse
-import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from reco_fast.kernels import launch
-from reco_fast.kernels.reference import reco_loss_sdpa, reco_loss_torch
+from reco_fast.kernels.reference import BFLOAT16_ATTENTION, reco_loss_sdpa, reco_loss_torch
+from reco_fast.run_folder import environment, write_json
 
 SETTINGS: dict[str, Any] = {
     "temperature": 0.2,
@@ -61,6 +64,7 @@ class Result:
     extra_mebibytes: float | None = None  # peak beyond inputs and the two gradients
     teraflops: float | None = None  # of the 16·N·K·D that the loss and its gradients need
     share_of_ceiling: float | None = None
+    loss: float | None = None  # the same inputs everywhere, so a wrong one shows
     failed: str = ""
 
 
@@ -79,11 +83,18 @@ def _compiled(*arguments: Any, **settings: Any) -> Any:
     return torch.compile(_autocast, dynamic=False)(*arguments, **settings)
 
 
-# Name: the function and the dtype of its banks. `compiled` is torch.compile of `autocast`, which is the definition
-# under bfloat16 autocast; `fp32` is the definition as it stands.
+def _sdpa_bfloat16(*arguments: Any, **settings: Any) -> Any:
+    with patch.dict(BFLOAT16_ATTENTION, dict.fromkeys(BFLOAT16_ATTENTION, torch.bfloat16)):
+        return reco_loss_sdpa(*arguments, **settings)
+
+
+# Name: the function and the dtype of its banks. `sdpa-bfloat16` leaves out the copy of the banks that gives `sdpa` its
+# accuracy: the fastest that PyTorch's attention can be, whatever its gradients. `compiled` is torch.compile of
+# `autocast`, which is the definition under bfloat16 autocast; `fp32` is the definition as it stands.
 IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], torch.dtype]] = {
     "triton": (_triton, torch.bfloat16),
     "sdpa": (reco_loss_sdpa, torch.bfloat16),
+    "sdpa-bfloat16": (_sdpa_bfloat16, torch.bfloat16),
     "compiled": (_compiled, torch.bfloat16),
     "autocast": (_autocast, torch.bfloat16),
     "fp32": (reco_loss_torch, torch.float32),
@@ -119,6 +130,7 @@ def measure(name: str, rows: int, length: int, device: torch.device, ceiling: fl
     torch.compiler.reset()
     try:
         step = Step(name, rows, length, device)
+        result.loss = float(step()[0])
         (_time_on_gpu if device.type == "cuda" else _time_on_cpu)(step, result)
     except torch.OutOfMemoryError:
         result.failed = "out of memory"
@@ -145,15 +157,15 @@ def _time_on_gpu(step: Step, result: Result) -> None:
     del outputs
     run: Callable[[], Any] = step
     result.timed = "graph"
+    torch.cuda.empty_cache()  # a capture has a pool of its own
     try:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             step()
         run = graph.replay
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
         result.timed = f"eager launches (no capture: {type(error).__name__})"
+        torch.cuda.empty_cache()
     times = event_times(run)
     result.milliseconds, result.launches = statistics.median(times), len(times)
 
@@ -207,22 +219,37 @@ def device_name(device: torch.device) -> str:
 class Report:
     """Results so far, in a folder: JSON and Markdown after each, a plot at the end."""
 
-    def __init__(self, folder: Path, rates: dict[str, float]) -> None:
-        self.folder, self.rates = folder, rates
+    def __init__(self, folder: Path, rates: dict[str, float], architecture: str = "cpu") -> None:
+        self.folder, self.rates, self.architecture = folder, rates, architecture
         self.results: list[Result] = []
         folder.mkdir(parents=True, exist_ok=True)
-        self.environment = {"torch": torch.__version__, "cuda": torch.version.cuda}
+        self.environment = environment()
 
     def add(self, result: Result) -> None:
+        """Keep `result`, as failed if its loss is not that of the others at its size, and write all there is."""
+        for other in self.results:
+            same_size = (other.rows, other.length) == (result.rows, result.length)
+            if same_size and not other.failed and other.loss and result.loss and not result.failed:
+                if not math.isclose(other.loss, result.loss, rel_tol=5e-3):
+                    result.failed = f"loss {result.loss:.5f}, but {other.loss:.5f} by {other.implementation}"
+                break
         self.results.append(result)
-        content = {**self.environment, "ceilings": self.rates, "results": [asdict(x) for x in self.results]}
-        (self.folder / "kernels.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-        (self.folder / "kernels.md").write_text(self.markdown(), encoding="utf-8")
+        content = {
+            "environment": self.environment,
+            "architecture": self.architecture,
+            "ceilings": self.rates,
+            "results": [asdict(x) for x in self.results],
+        }
+        write_json(self.folder / "kernels.json", content)
+        temporary = self.folder / "kernels.md.tmp"
+        temporary.write_text(self.markdown(), encoding="utf-8")
+        temporary.rename(self.folder / "kernels.md")
 
     def markdown(self) -> str:
         rates = ", ".join(f"{name} {value:.1f}" for name, value in self.rates.items())
         lines = [
-            f"{self.results[0].device}, torch {self.environment['torch']}; forward and backward, D = {WIDTH}. {rates}",
+            f"{self.results[0].device}, torch {torch.__version__}, {self.environment['date'][:10]}, commit "
+            f"{(self.environment['git_commit'] or 'unknown')[:7]}; forward and backward, D = {WIDTH}. {rates}",
             "",
             "| N | K | implementation | ms | TFLOP/s | of ceiling | extra MiB | timed by |",
             "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -259,7 +286,9 @@ class Report:
                 if panel.lines:
                     panel.legend()
         figure.tight_layout()
-        figure.savefig(self.folder / "kernels.png", dpi=120)
+        temporary = self.folder / "kernels.tmp.png"
+        figure.savefig(temporary, dpi=120)
+        temporary.rename(self.folder / "kernels.png")
         pyplot.close(figure)
 
 
@@ -267,7 +296,7 @@ def run(
     folder: Path, names: Iterable[str], rows: Sequence[int], lengths: Sequence[int], device: torch.device, tiles: bool
 ) -> Report:
     """The smallest problems first, so that a run cut short has something to show."""
-    report = Report(folder, ceilings(device))
+    report = Report(folder, ceilings(device), launch.architecture(device) if device.type == "cuda" else "cpu")
     ceiling = report.rates.get("matrix_teraflops")
     for length in lengths:
         for count in rows:
@@ -276,7 +305,7 @@ def run(
             for tile in TILES if tiles else ():
                 report.add(_measure_tile(tile, count, length, device, ceiling))
             print(report.markdown().splitlines()[-1], flush=True)
-    report.plot()
+        report.plot()
     return report
 
 
@@ -299,7 +328,7 @@ def main() -> None:
     on_gpu = device.type == "cuda"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    available = list(IMPLEMENTATIONS) if on_gpu else ["sdpa", "autocast", "fp32"]
+    available = list(IMPLEMENTATIONS) if on_gpu else ["sdpa", "sdpa-bfloat16", "autocast", "fp32"]
     parser.add_argument("--only", nargs="+", choices=available, default=available)
     parser.add_argument("--rows", nargs="+", type=int, default=GPU_ROWS if on_gpu else CPU_ROWS)
     parser.add_argument("--lengths", nargs="+", type=int, default=GPU_LENGTHS if on_gpu else CPU_LENGTHS)

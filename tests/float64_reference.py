@@ -1,8 +1,5 @@
-"""The ReCo loss and its gradients in float64 NumPy, written from the paper's formulas: softmax over whole logits, and
-the gradient of each term by hand. Also the problems that the implementations are compared on.
-
-    TRITON_INTERPRET=1 python tests/float64_reference.py      # the table of errors in docs/kernels.md
-"""
+"""The ReCo loss and its gradients in float64, written from the paper's formulas: softmax over whole logits, and
+the gradient of each term by hand. Also the problems that the implementations are compared on."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -96,33 +93,32 @@ def make_problem(
     return Problem(query, query_mix, key, key_weak, bank, bank_weak, permutation, ratio, DEFAULTS | settings)
 
 
-def solve(problem: Problem) -> Result:
-    """The answer in float64."""
-    raw_q, raw_m, raw_k, raw_v, bank_a, bank_b = (_array(x) for x in problem.tensors()[:6])
-    permutation = problem.permutation.cpu().numpy()
-    ratio = _array(problem.mix_ratio).reshape(-1, 1)
+def solve(problem: Problem, at_once: int = 128) -> Result:
+    """The answer in float64, for `at_once` rows at a time, which bounds the memory."""
+    raw_q, raw_m, raw_k, raw_v, bank_a, bank_b = (x.detach().double() for x in problem.tensors()[:6])
     s = {name: float(value) if name != "mix_anchor" else value for name, value in problem.settings.items()}
-    q, m, k, v = (_unit(x) for x in (raw_q, raw_m, raw_k, raw_v))
-    rows = len(q)
-    instance, grad_q = _contrast(q, k, bank_a, s["temperature"])
-    target = _unit(ratio * (q if s["mix_anchor"] == "query" else k) + (1 - ratio) * k[permutation])
-    local, grad_m = _contrast(m, target, bank_a, s["temperature"])
-    teacher, log_teacher = _softmax(v @ bank_b.T / s["teacher_temperature"])
-    student, log_student = _softmax(q @ bank_b.T / s["student_temperature"])
-    relation = -(teacher * log_student).sum(axis=1)
-    entropy = -(teacher * log_teacher).sum(axis=1)
-    grad_q = grad_q + s["global_weight"] * (student - teacher) @ bank_b / s["student_temperature"]
-    total = instance + s["global_weight"] * relation + s["local_weight"] * local
-    parts = [
-        instance,
-        relation * (s["global_weight"] != 0),
-        local * (s["local_weight"] != 0),
-        entropy * (s["global_weight"] != 0),
-    ]
+    all_q, all_m, all_k, all_v = (_unit(x) for x in (raw_q, raw_m, raw_k, raw_v))
+    ratio = torch.as_tensor(problem.mix_ratio, dtype=torch.float64, device=raw_q.device).reshape(-1, 1)
+    anchor = all_q if s["mix_anchor"] == "query" else all_k
+    targets = _unit(ratio * anchor + (1 - ratio) * all_k[problem.permutation.long()])
+    losses, grads_q, grads_m = [], [], []
+    for q, m, k, v, target in zip(*(x.split(at_once) for x in (all_q, all_m, all_k, all_v, targets)), strict=True):
+        instance, grad_q = _contrast(q, k, bank_a, s["temperature"])
+        local, grad_m = _contrast(m, target, bank_a, s["temperature"])
+        teacher, log_teacher = _softmax(v @ bank_b.T / s["teacher_temperature"])
+        student, log_student = _softmax(q @ bank_b.T / s["student_temperature"])
+        relation = -(teacher * log_student).sum(dim=1)
+        entropy = -(teacher * log_teacher).sum(dim=1)
+        grads_q.append(grad_q + s["global_weight"] * (student - teacher) @ bank_b / s["student_temperature"])
+        grads_m.append(s["local_weight"] * grad_m)
+        total = instance + s["global_weight"] * relation + s["local_weight"] * local
+        has_global, has_local = s["global_weight"] != 0, s["local_weight"] != 0
+        losses.append(torch.stack([total, instance, relation * has_global, local * has_local, entropy * has_global]))
+    rows = len(all_q)
     return Result(
-        np.array([x.mean() for x in (total, *parts)]),
-        _through_unit(raw_q, grad_q) / rows,
-        _through_unit(raw_m, s["local_weight"] * grad_m) / rows,
+        torch.cat(losses, dim=1).mean(dim=1).cpu().numpy(),
+        (_through_unit(raw_q, torch.cat(grads_q)) / rows).cpu().numpy(),
+        (_through_unit(raw_m, torch.cat(grads_m)) / rows).cpu().numpy(),
     )
 
 
@@ -163,59 +159,33 @@ def _frobenius(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(found - expected)) / (norm or 1.0)
 
 
-def _array(x: Any) -> np.ndarray:
-    return np.asarray(x.detach().double().cpu().numpy() if isinstance(x, Tensor) else x, dtype=np.float64)
+def _array(x: Tensor) -> np.ndarray:
+    return x.detach().double().cpu().numpy()
 
 
-def _unit(x: np.ndarray) -> np.ndarray:
-    norm = np.linalg.norm(x, axis=1, keepdims=True)
-    return np.divide(x, norm, out=np.zeros_like(x), where=norm > 0)
+def _inverse_norm(x: Tensor) -> Tensor:
+    norm = x.norm(dim=1, keepdim=True)
+    return torch.where(norm > 0, 1 / norm, 0.0)
 
 
-def _through_unit(x: np.ndarray, grad: np.ndarray) -> np.ndarray:
-    norm = np.linalg.norm(x, axis=1, keepdims=True)
+def _unit(x: Tensor) -> Tensor:
+    return x * _inverse_norm(x)
+
+
+def _through_unit(x: Tensor, grad: Tensor) -> Tensor:
     u = _unit(x)
-    return np.divide(grad - (grad * u).sum(axis=1, keepdims=True) * u, norm, out=np.zeros_like(x), where=norm > 0)
+    return (grad - (grad * u).sum(dim=1, keepdim=True) * u) * _inverse_norm(x)
 
 
-def _softmax(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    log = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return np.exp(log), log
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    shifted = logits - logits.amax(dim=1, keepdim=True)
+    log = shifted - shifted.exp().sum(dim=1, keepdim=True).log()
+    return log.exp(), log
 
 
-def _contrast(x: np.ndarray, target: np.ndarray, bank: np.ndarray, temperature: float) -> tuple[np.ndarray, np.ndarray]:
+def _contrast(x: Tensor, target: Tensor, bank: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Cross-entropy of [x·t, x·Bankᵀ]/τ with the positive first, and its gradient in x."""
-    positive = (x * target).sum(axis=1, keepdims=True)
-    p, log_p = _softmax(np.concatenate([positive, x @ bank.T], axis=1) / temperature)
+    positive = (x * target).sum(dim=1, keepdim=True)
+    p, log_p = _softmax(torch.cat([positive, x @ bank.T], dim=1) / temperature)
     p[:, 0] -= 1
     return -log_p[:, 0], (p[:, :1] * target + p[:, 1:] @ bank) / temperature
-
-
-def _table(rows: int = 16, length: int = 1000) -> None:
-    from reco_fast.kernels.reference import reco_loss_sdpa, reco_loss_torch
-    from reco_fast.kernels.relation_loss import reco_loss_triton
-
-    def autocast(*args: Any, **settings: Any) -> ReCoLossOutput:
-        with torch.autocast(args[0].device.type, torch.bfloat16):
-            return reco_loss_torch(*args, **settings)
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"N = {rows}, K = {length}, D = 128, on {device}; rows float32\n")
-    print("| inputs | banks | implementation | total | grad query | grad query_mix |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for kind in KINDS:
-        for dtype, name in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
-            problem = make_problem(kind, rows, length, 128, torch.float32, dtype, device)
-            expected = solve(problem)
-            implementations = {"triton": reco_loss_triton, "sdpa": reco_loss_sdpa, "torch": reco_loss_torch}
-            if name == "bfloat16":
-                implementations["autocast"] = autocast
-            for label, function in implementations.items():
-                found = errors(run(function, problem), expected)
-                numbers = (found.total, found.grad_query, found.grad_query_mix)
-                print(f"| {kind} | {name} | {label} |", *(f"{x:.1e} |" for x in numbers), flush=True)
-
-
-if __name__ == "__main__":
-    _table()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from reco_fast.profiling import kernel_benchmark
+from reco_fast.profiling import kernel_benchmark, launch_table
 from reco_fast.profiling.kernel_benchmark import IMPLEMENTATIONS, Report, Result, Step, ceilings, measure
 
 HAS_GPU = torch.cuda.is_available()
@@ -65,7 +65,7 @@ def test_forward_and_backward(benchmark: Any, request: Any, name: str, rows: int
 
 def test_the_report_is_written_as_results_come(tmp_path: Path) -> None:
     report = Report(tmp_path, {"matrix_teraflops": 100.0})
-    report.add(Result("sdpa", 256, 4096, "a card", 0.5, 10, "graph", 12.0, 4.3, 0.043))
+    report.add(Result("sdpa", 256, 4096, "a card", 0.5, 10, "graph", 12.0, 4.3, 0.043, 9.0))
     report.add(Result("sdpa", 256, 65536, "a card", 5.0, 10, "graph", 12.0, 6.9, 0.069))
     report.add(Result("fp32", 256, 65536, "a card", failed="out of memory"))
     report.plot()
@@ -75,6 +75,35 @@ def test_the_report_is_written_as_results_come(tmp_path: Path) -> None:
     assert "| 256 | 4096 | sdpa | 0.500 | 4.30 | 4% | 12.0 | 10, graph |" in table
     assert "| 256 | 65536 | fp32 | out of memory |" in table
     assert (tmp_path / "kernels.png").stat().st_size > 1000
+
+
+def test_a_wrong_loss_is_a_failure(tmp_path: Path) -> None:
+    report = Report(tmp_path, {})
+    report.add(Result("sdpa", 256, 4096, "a card", 0.5, teraflops=1.0, loss=10.0))
+    report.add(Result("triton", 256, 4096, "a card", 0.1, teraflops=1.0, loss=10.01))
+    report.add(Result("triton", 256, 4096, "a card", 0.1, teraflops=1.0, loss=9.0))
+    assert [bool(x.failed) for x in report.results] == [False, False, True]
+
+
+def test_what_was_fastest_enters_the_launch_table(tmp_path: Path) -> None:
+    report = Report(tmp_path, {}, "sm_90")
+    for rows, length, triton, sdpa in [(256, 4096, 2.0, 1.0), (256, 65536, 1.0, 2.0), (1024, 65536, 1.0, 3.0)]:
+        report.add(Result("triton", rows, length, "H100", triton, teraflops=1.0))
+        report.add(Result("sdpa", rows, length, "H100", sdpa, teraflops=1.0))
+    report.add(Result("triton", 4096, 65536, "H100", failed="out of memory"))
+    report.add(Result("sdpa", 4096, 65536, "H100", 1.0, teraflops=1.0))
+    source = tmp_path / "launch.py"
+    original = Path(launch_table.launch.__file__).read_text(encoding="utf-8")
+    source.write_text(original, encoding="utf-8")
+    for _ in range(2):  # a second time replaces what the first entered
+        launch_table.record([tmp_path / "kernels.json"], source)
+        filled: dict[str, Any] = {"__name__": "filled"}
+        exec(source.read_text(encoding="utf-8"), filled)
+        of_card = [x[1:3] for x in filled["MEASURED"] if x.architecture == "sm_90"]
+        assert of_card == [(256 * 65536, "triton"), (1, "sdpa")]
+        assert [tuple(x) for x in filled["MEASURED"] if x.architecture == "cpu"] == [
+            tuple(x) for x in launch_table.launch.MEASURED if x.architecture == "cpu"
+        ]
 
 
 def test_a_failure_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:

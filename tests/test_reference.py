@@ -1,11 +1,11 @@
-"""The two PyTorch implementations against float64 NumPy."""
+"""The two PyTorch implementations against float64."""
 
 import numpy as np
 import pytest
 import torch
 from float64_reference import KINDS, Problem, errors, make_problem, run, solve
 
-from reco_fast.kernels.reference import reco_loss_sdpa, reco_loss_torch
+from reco_fast.kernels.reference import BFLOAT16_ATTENTION, reco_loss_sdpa, reco_loss_torch
 
 IMPLEMENTATIONS = {"torch": reco_loss_torch, "sdpa": reco_loss_sdpa}
 
@@ -54,6 +54,32 @@ def test_kinds(implementation, kind: str, mix_anchor: str) -> None:  # type: ign
 def test_weights(implementation, global_weight, local_weight) -> None:  # type: ignore[no-untyped-def]
     problem = make_problem("random", 7, 33, global_weight=global_weight, local_weight=local_weight)
     check(implementation, problem)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_bank_of_every_kind(implementation, kind: str) -> None:  # type: ignore[no-untyped-def]
+    check(implementation, make_problem(kind, 16, 1000, bank_dtype=torch.bfloat16), loss=2e-3, grad=5e-3)
+
+
+def test_rows_too_short_to_normalise_count_as_zero(implementation) -> None:  # type: ignore[no-untyped-def]
+    problem = make_problem("random", 5, 40)
+    problem.query[0] *= 1e-17  # not yet
+    expected = solve(problem)
+    np.testing.assert_allclose(run(implementation, problem).losses, expected.losses, rtol=1e-5)
+    problem.query[0] *= 1e-4
+    problem.key[1] *= 1e-21
+    found = run(implementation, problem)
+    assert np.isfinite(found.losses).all()
+    assert not found.grad_query[0].any()
+    assert np.isfinite(found.grad_query).all()
+
+
+def test_attention_in_float16_as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make_problem("clustered", 16, 1000, bank_dtype=torch.bfloat16)
+    monkeypatch.setitem(BFLOAT16_ATTENTION, "cpu", torch.float16)
+    check(reco_loss_sdpa, problem, loss=2e-3, grad=5e-3)
+    monkeypatch.setitem(BFLOAT16_ATTENTION, "cpu", torch.bfloat16)  # what it is there for
+    assert errors(run(reco_loss_sdpa, problem), solve(problem)).grad_query > 5e-3
 
 
 def test_bfloat16_bank(implementation) -> None:  # type: ignore[no-untyped-def]

@@ -6,8 +6,9 @@ in a process of their own, started by `test_interpreter.py`, or by hand:
     TRITON_INTERPRET=1 python -m pytest tests/test_relation_loss.py
 """
 
-import importlib.util
+import importlib
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from float64_reference import KINDS, Problem, Result, errors, make_problem, run, solve
+from mutations import MUTATIONS, ROOT, SOURCES, mutated
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU and os.environ.get("TRITON_INTERPRET") != "1":
@@ -117,6 +119,22 @@ def test_no_worse_than_eager_autocast(kind: str) -> None:
         assert error <= max(vars(theirs)[name], 1e-6), name
 
 
+def test_rows_too_short_to_normalise_count_as_zero() -> None:
+    problem = make_problem("random", 5, 40, 64, device=DEVICE)
+    problem.query[0] *= 1e-21
+    problem.key[1] *= 1e-21
+    found, expected = run(fused, problem), run(reco_loss_torch, problem)
+    assert not found.grad_query[0].any()
+    np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-6)
+    np.testing.assert_allclose(found.grad_query[1:], expected.grad_query[1:], rtol=1e-3, atol=1e-6)
+
+
+def test_a_row_that_is_not_finite_shows_in_the_loss() -> None:
+    problem = make_problem("random", 5, 40, 64, device=DEVICE)
+    problem.query[0, 0] = float("inf")
+    assert np.isnan(run(fused, problem).losses[0])
+
+
 def test_the_same_bits_twice() -> None:
     problem = make_problem("random", 9, 500, 128, torch.bfloat16, torch.bfloat16, DEVICE)
     first, second = run(fused, problem), run(fused, problem)
@@ -149,6 +167,25 @@ def test_rows_and_banks_may_be_strided() -> None:
     found = errors(run(fused, problem), expected)
     assert found.total < 1e-6
     assert found.grad_query < 1e-5
+
+
+@pytest.mark.parametrize("impl", ["triton", "sdpa"])
+def test_a_second_derivative_is_refused(impl: Any) -> None:
+    problem = make_problem("random", 3, 20, 16, device=DEVICE)
+    query = problem.query.requires_grad_()
+    total = reco_loss(query, *problem.tensors()[1:], **problem.settings, impl=impl).total
+    (grad,) = torch.autograd.grad(total, query, create_graph=True)
+    with pytest.raises(RuntimeError, match=f'"{impl}" has no second derivative; expected "torch"'):
+        torch.autograd.grad(grad.square().sum(), query)
+
+
+def test_autocast_around_it_changes_nothing() -> None:
+    problem = make_problem("random", 3, 20, 16, device=DEVICE)
+    expected = run(fused, problem)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = run(fused, problem)
+    np.testing.assert_array_equal(found.losses, expected.losses)
+    np.testing.assert_array_equal(found.grad_query, expected.grad_query)
 
 
 def test_a_term_that_is_off_needs_no_tensors() -> None:
@@ -242,62 +279,52 @@ def test_a_million_negatives() -> None:
     check(fused, problem)
 
 
-# Each mutation of the source, and the problem on which `check` must then fail. `check` passes on all of them unmutated.
-MUTATIONS = {
-    "gradient of query zeroed": ("grad_query + here, grad,", "grad_query + here, grad * 0,"),
-    "gradient of query_mix zeroed": ("grad_query_mix + here, grad,", "grad_query_mix + here, grad * 0,"),
-    "gradient not sent through the normalisation": ("grad - tl.sum(grad * q, axis=0) * q)", "grad)"),
-    "global term dropped from the loss": ("loss += _number(global_weight) * global_relation", "loss += 0"),
-    "global term dropped from the gradient": ("grad += (mean_s - mean_t)", "grad += 0 * (mean_s - mean_t)"),
-    "local term dropped from the loss": ("loss += _number(local_weight) * local_relation", "loss += 0"),
-    "teacher at the student's temperature": ("scale = teacher_scale", "scale = student_scale"),
-    "instance term at the student's temperature": ("LOG2_E / temperature,", "LOG2_E / student_temperature,"),
-    "entropy at the wrong temperature": ("mean_t, axis=0) * inverse_teacher", "mean_t, axis=0) * inverse_student"),
-    "one split lost": ("mask=split < splits, other=-", "mask=split < splits - 1, other=-"),
-    "last bank row ignored": ("tl.minimum(K - start, split_length)", "tl.minimum(K - start, split_length) - 1"),
-    "last row of the batch ignored": ("row_valid = first_row + row < N", "row_valid = first_row + row < N - 1"),
-    "permutation ignored": ("tl.load(permutation + row)", "row"),
-    "mix ratio of the first row for all": ("mix_ratio + row * mix_ratio_stride", "mix_ratio + row * 0"),
-    "anchor swapped": ("(q if ANCHOR_IS_QUERY else k)", "(k if ANCHOR_IS_QUERY else q)"),
-    "rounded sum not used": ("mean *= (1 / divisor)", "mean *= (1.01 / divisor)"),
-    "upstream gradient ignored": ("(grad_query * grad_total)", "(grad_query)"),
-    "mean over the batch taken as a sum": ("(q_inverse / N)", "q_inverse"),
-}  # fmt: skip
-
-
-def mutation_problem() -> Problem:
+# Each mutation of the source makes `check` fail on this problem, and unmutated it passes.
+def mutation_problem(mutation: str = "") -> Problem:
     """Several splits and a tail, in bfloat16 since its bounds are the wide ones; the last bank row matters."""
-    problem = make_problem("clustered", 5, 200, 64, *DTYPES["bf16"], DEVICE)
+    problem = make_problem("clustered", 5, 200, 64, *DTYPES["fp32" if "TF32" in mutation else "bf16"], DEVICE)
     for bank in (problem.bank, problem.bank_weak):
         bank[-1] = torch.nn.functional.normalize(problem.query[0].float(), dim=0)
     return problem
 
 
-def load_with(old: str, new: str, folder: Path) -> ModuleType:
-    """`relation_loss.py` with one piece of its source replaced, as a module and an operator of its own."""
-    source = Path(relation_loss.__file__).read_text(encoding="utf-8")
-    assert old in source, f"the mutation no longer applies: {old}"
-    name = f"mutant_{abs(hash((old, new)))}"
-    path = folder / f"{name}.py"
-    path.write_text(source.replace(old, new).replace("reco_fast::relation_loss", f"reco_fast_test::{name}"))
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def mutant(mutation: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """`relation_loss.py` and its kernels with the mutation, as modules and an operator of their own."""
+    name = f"mutant_{list(MUTATIONS).index(mutation) if mutation else 'none'}"
+    sources = [(ROOT / "kernels" / file).read_text(encoding="utf-8") for file in SOURCES]
+    changed = [mutated(source, mutation) if mutation else source for source in sources]
+    assert not mutation or sum(x != y for x, y in zip(sources, changed, strict=True)) == 1, "no longer applies"
+    kernels, host = changed
+    host = host.replace("reco_fast::relation_loss", f"reco_fast_test::{name}")
+    here = "import launch, relation_kernels\n"
+    assert here in host
+    host = host.replace(here, f"import launch\nimport {name}_kernels as relation_kernels\n")
+    (folder / f"{name}_kernels.py").write_text(kernels, encoding="utf-8")
+    (folder / f"{name}.py").write_text(host, encoding="utf-8")
+    monkeypatch.syspath_prepend(folder)
+    return importlib.import_module(name)
 
 
-def test_the_mutations_start_from_a_kernel_that_passes(tmp_path: Path) -> None:
-    problem = mutation_problem()
-    check(load_with("INTERPRETED", "INTERPRETED", tmp_path).reco_loss_triton, problem)
+@pytest.mark.parametrize("dtype", ["bf16", "TF32"])
+def test_the_mutations_start_from_a_kernel_that_passes(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = mutation_problem(dtype)
+    check(mutant("", tmp_path, monkeypatch).reco_loss_triton, problem)
     plan = launch.plan(5, 200, 64, 4, problem.bank.dtype, problem.bank.device)
     assert plan.splits > 2
     assert len(plan.parts) == 2
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
-def test_a_mutated_kernel_fails(mutation: str, tmp_path: Path) -> None:
-    mutant = load_with(*MUTATIONS[mutation], tmp_path)
+def test_a_mutated_kernel_fails(mutation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    implementation = mutant(mutation, tmp_path, monkeypatch).reco_loss_triton
     with pytest.raises(AssertionError):
-        check(mutant.reco_loss_triton, mutation_problem())
+        check(implementation, mutation_problem(mutation))
+
+
+def test_every_mutation_is_listed_with_the_test_that_caught_it() -> None:
+    documentation = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    listed = dict(re.findall(r"^\| (.+?) \| `(test_\w+)(?:\[.*\])?` \|$", documentation, flags=re.MULTILINE))
+    assert set(MUTATIONS) == set(listed)
+    assert all(callable(globals().get(test)) for test in listed.values())
