@@ -74,7 +74,12 @@ MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}  # 
 
 
 def host_code(
-    architecture: str, rows: int, length: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    architecture: str,
+    multiprocessors: int,
+    rows: int,
+    length: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> tuple[int, list[tuple[int, ...]]]:
     """Bytes that the operator allocates beside its inputs, all together, and the grids of its attention kernel.
 
@@ -86,7 +91,7 @@ def host_code(
     for name, kernel in launches.items():
         monkeypatch.setattr(relation_loss.relation_kernels, name, kernel)
     monkeypatch.setattr(launch, "architecture", lambda device: architecture)
-    monkeypatch.setattr(launch, "multiprocessors", lambda device: MULTIPROCESSORS[architecture])
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: multiprocessors)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     launch.plan.cache_clear()
     with FakeTensorMode():
@@ -111,13 +116,14 @@ def test_memory_beyond_the_inputs(
     architecture: str, dtype: torch.dtype, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At N = 1024, D = 128; the gradients, which become outputs, are counted too."""
-    allocated, grids = host_code(architecture, 1024, length, dtype, monkeypatch)
-    assert 2 * 1024 * 128 * 4 < allocated < 16 * 2**20
-    assert len(grids) == (2 if length % 2 else 1)
+    for multiprocessors in (MULTIPROCESSORS[architecture], 1000):
+        allocated, grids = host_code(architecture, multiprocessors, 1024, length, dtype, monkeypatch)
+        assert 2 * 1024 * 128 * 4 < allocated < 16 * 2**20
+        assert len(grids) == (2 if length % 2 else 1)
 
 
 def test_splits_fill_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, grids = host_code("sm_90", 256, 65536, torch.bfloat16, monkeypatch)
+    _, grids = host_code("sm_90", 132, 256, 65536, torch.bfloat16, monkeypatch)
     assert 0.8 * 132 * 2 < math.prod(grids[0]) <= 132 * 2  # two programs a multiprocessor
 
 
