@@ -68,7 +68,7 @@ def parts(output: Path, images: Path | None, photographs: Path | None, tiny: boo
         "kernel-tests": Part(8, [pytest("relation_loss", "losses", "launch")]),
         "step-tests": Part(9, [pytest("cuda_graph", "step", "memory_bank", "loaders")]),
         # With the card's matrix rate and bandwidth, as measured in the same run.
-        "kernels": Part(9, [kernels("kernels", "--rows", 256, 1024, "--lengths", 4096, 65536)]),
+        "kernels": Part(9, [kernels("kernels", "--lengths", 4096, 65536)]),
         "step-resnet50": Part(9, [step("step-resnet50", 224, 256, 65536, "naive supervised", *resnet50)]),
         "step-resnet18": Part(9, [step("step-resnet18", 32, 512, 65536, rivals, *resnet18)]),
         "cuda-graph": Part(  # its warm-up steps include the capture
@@ -83,7 +83,7 @@ def parts(output: Path, images: Path | None, photographs: Path | None, tiny: boo
             ],
         ),
         "tiles": Part(9, [kernels("tiles", "--tiles", "--rows", 256, "--lengths", 65536)]),
-        "large-kernels": Part(9, [kernels("large-kernels", "--rows", 1024, 4096, "--lengths", 1048576)]),
+        "large-kernels": Part(9, [kernels("large-kernels", "--lengths", 1048576)]),
     }
     for objective in ("reco", "moco") if images else ():
         name = f"quality-{objective}"

@@ -23,9 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reco_fast.json_files import write_json
 from reco_fast.kernels import launch
 from reco_fast.kernels.reference import BFLOAT16_ATTENTION, reco_loss_sdpa, reco_loss_torch
-from reco_fast.run_folder import environment, write_json
+from reco_fast.run_folder import environment
 
 SETTINGS: dict[str, Any] = {
     "temperature": 0.2,
