@@ -75,7 +75,7 @@ def test_sigterm_stops_all_ranks_within_steps_and_saves(to: str, tmp_path: Path)
         else:
             ranks = subprocess.check_output(["pgrep", "-P", str(running.pid)], text=True).split()
             os.kill(int(ranks[-1]), signal.SIGTERM)
-        code = running.wait(timeout=120)
+        code = running.wait(timeout=300)
     shown = (tmp_path / "log").read_text()
     assert shown.count("stopped at step ") == 1, shown
     stopped_at = int(shown.split("stopped at step ")[1].split()[0])

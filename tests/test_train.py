@@ -224,19 +224,21 @@ def test_two_ranks_train_under_torchrun(images: Path, tmp_path: Path) -> None:
 
 def test_sigterm_saves_and_the_same_command_goes_on(images: Path, tmp_path: Path) -> None:
     arguments = ["-m", "reco_fast.train", "cifar10", "--data.path", images / "train", "--run.dir", tmp_path / "run"]
-    line = [str(part) for part in (sys.executable, *arguments, *SMALL, "--train.epochs", 8, "--run.log-every", "1")]
-    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+    options = ("--train.epochs", 8, "--run.log-every", "1", "--data.loader", "torch")
+    line = [str(part) for part in (sys.executable, *arguments, *SMALL, *options)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(line, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as running:
         for shown in running.stdout:
             if shown.startswith("step 5 "):
-                running.send_signal(signal.SIGTERM)
+                os.killpg(running.pid, signal.SIGTERM)  # the loader's processes too, as Slurm and torchrun do
                 break
-        rest, errors = running.communicate(timeout=60)
+        rest, errors = running.communicate(timeout=300)
     assert running.returncode == 0, errors
     assert "SIGTERM" in rest
     assert "--run.dir" in rest
     stopped_at = int(rest.split("stopped at step ")[1].split()[0])
     assert (tmp_path / "run" / "checkpoints" / f"step-{stopped_at:09d}.safetensors").exists()
-    lines = run(images, tmp_path / "run", "--train.epochs", 8, "--run.log-every", 1)
+    lines = run(images, tmp_path / "run", *options)
     assert [entry["step"] for entry in lines if entry["kind"] == "train"] == list(range(1, 29))
     assert lines[-1]["kind"] == "end"
 
