@@ -230,7 +230,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(images: Path, tmp_path: Path
     with subprocess.Popen(line, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as running:
         for shown in running.stdout:
             if shown.startswith("step 5 "):
-                os.killpg(running.pid, signal.SIGTERM)  # the loader's processes too, as Slurm and torchrun do
+                os.killpg(running.pid, signal.SIGTERM)  # as Ctrl-C and torchrun do
                 break
         rest, errors = running.communicate(timeout=300)
     assert running.returncode == 0, errors
