@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function, schedule, tensorboard_trace_handler
+from torch.profiler import (
+    ProfilerAction,
+    ProfilerActivity,
+    profile,
+    record_function,
+    schedule,
+    tensorboard_trace_handler,
+)
 
 REGIONS = (
     "data_wait",
@@ -23,15 +30,42 @@ REGIONS = (
 
 region = record_function
 
+RECORDING = (ProfilerAction.RECORD, ProfilerAction.RECORD_AND_SAVE)
+
 
 class Hook(Protocol):
     def step(self) -> None:
         """One training step has ended."""
 
+    def finish(self) -> None:
+        """What follows is no step: end the recording if it has begun. An evaluation would fill the memory."""
+
 
 class _NoHook:
     def step(self) -> None:
         pass
+
+    def finish(self) -> None:
+        pass
+
+
+class _Recorder:
+    def __init__(self, profiler: profile) -> None:
+        self._profiler: profile | None = profiler
+        profiler.start()
+
+    def step(self) -> None:
+        if self._profiler is not None:
+            self._profiler.step()
+
+    def finish(self) -> None:
+        if self._profiler is not None and self._profiler.current_action in RECORDING:
+            self.close()
+
+    def close(self) -> None:
+        if self._profiler is not None:
+            self._profiler.stop()
+            self._profiler = None
 
 
 @contextmanager
@@ -59,11 +93,16 @@ def trace(directory: Path | None, *, wait: int, warmup: int, active: int) -> Ite
 
     if cuda:
         torch.cuda.memory._record_memory_history(max_entries=100_000)
-    with profile(
-        activities=activities,
-        schedule=schedule(wait=wait, warmup=warmup, active=active, repeat=1),
-        on_trace_ready=write,
-        profile_memory=True,
-        record_shapes=True,
-    ) as profiler:
-        yield profiler
+    recorder = _Recorder(
+        profile(
+            activities=activities,
+            schedule=schedule(wait=wait, warmup=warmup, active=active, repeat=1),
+            on_trace_ready=write,
+            profile_memory=True,
+            record_shapes=True,
+        )
+    )
+    try:
+        yield recorder
+    finally:
+        recorder.close()

@@ -240,6 +240,7 @@ def loop(
                     findings,
                 )
             if ended or run.due(state.step, config.eval.every):
+                profiler.finish()
                 progress.knn_top1 = evaluate(run, state, progress, log)
                 meter.restart()
             late = time.monotonic() - saved_at > 60 * config.run.checkpoint_minutes

@@ -89,6 +89,19 @@ def test_nothing_is_recorded_when_it_is_off(tmp_path: Path, monkeypatch: pytest.
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_evaluation_ends_the_recording(tmp_path: Path) -> None:
+    with trace(tmp_path, wait=1, warmup=1, active=5) as hook:
+        for step in range(5):
+            torch.ones(4).exp()
+            if step in (0, 3):  # before the recording, and in it
+                hook.finish()
+                torch.ones(4).sigmoid()
+            hook.step()
+    (path,) = tmp_path.glob("*.pt.trace.json")
+    counted = Counter(event.get("name") for event in json.loads(path.read_text())["traceEvents"])
+    assert (counted["aten::exp"], counted["aten::sigmoid"]) == (2, 0)
+
+
 @pytest.mark.parametrize(("objective", "passes"), [("reco", 2), ("moco", 1)])
 def test_counted_operations_of_a_known_network(objective: str, passes: int) -> None:
     config = train.parse(["cifar10", "--loss.objective", objective, "--data.path", "x"])[1]
