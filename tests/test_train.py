@@ -278,9 +278,10 @@ def test_a_run_without_finite_gradients_gives_up(images: Path, tmp_path: Path) -
 def test_weights_and_biases_gets_what_tensorboard_gets(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("wandb", reason="wandb is not installed; pip install 'reco-fast[wandb]'")
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed; pip install 'reco-fast[wandb]'")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    wandb.teardown()  # a test before this one may have made it read other variables
     run(images, tmp_path / "run", "--run.wandb", "mine", "--train.max-steps", 2)
     (written,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
     content = written.read_bytes()
