@@ -74,6 +74,8 @@ def _refuse(reason: str) -> int:
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun ends with what stands there
         with contextlib.suppress(OSError):
             Path(path).write_text(json.dumps({"message": line, "timestamp": int(time.time())}), encoding="utf-8")
+        if os.environ["RANK"] != "0":
+            time.sleep(10)  # torchrun ends all ranks with the first that ends: let rank 0 speak
     return 2
 
 
