@@ -69,13 +69,14 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 def _refuse(reason: str) -> int:
     line = one_line(f"error: {reason}").encode("utf-8", "backslashreplace").decode()  # file names need not be UTF-8
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr, flush=True)
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun ends with what stands there
+    elif error_file:
+        time.sleep(10)  # torchrun ends all ranks with the first that ends: let rank 0 speak
+    if error_file:  # torchrun ends with what stands there
         with contextlib.suppress(OSError):
-            Path(path).write_text(json.dumps({"message": line, "timestamp": int(time.time())}), encoding="utf-8")
-        if os.environ["RANK"] != "0":
-            time.sleep(10)  # torchrun ends all ranks with the first that ends: let rank 0 speak
+            Path(error_file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}), encoding="utf-8")
     return 2
 
 
