@@ -11,7 +11,15 @@ HF = ["datasets>=4"]  # for --data.path hf:NAME
 WANDB = ["wandb>=0.19"]  # for --run.wandb
 EXAMPLES = ["lightning>=2.5", "lightly>=1.5.20", "faiss-cpu>=1.9"]
 PROFILE = ["torch-tb-profiler>=0.4.3", "matplotlib>=3.8"]
-TEST = ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6", "ruff>=0.12", "mypy>=1.15", "selenium>=4.20"]
+TEST = [
+    "pytest>=8",
+    "pytest-benchmark>=5",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6",
+    "ruff>=0.12",
+    "mypy>=1.15",
+    "selenium>=4.20",
+]
 TEST += [*EXPORT, "onnxruntime>=1.20", *PARQUET, *EXAMPLES, *PROFILE]
 
 setup(
