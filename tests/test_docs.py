@@ -49,6 +49,8 @@ ELSEWHERE = {
     "--run.dir /shared/mine": "tests/test_examples_hosts.py",
     "torchrun --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:29400 -m reco_fast.train "
     "quickstart --run.dir runs/two-hosts": "tests/test_examples_hosts.py",
+    "python -m reco_fast.ablation quickstart --data.path train10000/ --data.val-path test2000/ --model.bank-size 2048 "
+    "--train.epochs 30 --ablation.moco-lr 0.12 --ablation.seeds 0 1 2": "tests/test_ablation.py",
     "python -m reco_fast.profiling.report RUN_DIR": "tests/test_report.py",
     "python -m reco_fast.profiling.benchmark --against naive,lightly,supervised,torchvision --data.path IMAGES "
     "--output DIR": "tests/test_step_benchmark.py",
