@@ -57,7 +57,22 @@ STEPS: dict[str, dict[str, Callable[[Config, torch.device], Contestant]]] = {
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class StepOptions:
+    """What a step is configured by: the sections of `Config` that say it."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    @property
+    def config(self) -> Config:
+        return Config(data=self.data, model=self.model, loss=self.loss, optim=self.optim, train=self.train)
+
+
+@dataclass(frozen=True)
+class Benchmark(StepOptions):
     against: tuple[Opponent, ...] = ("naive", "supervised")
     """With which the whole step is compared."""
     rounds: int = 5
@@ -68,20 +83,11 @@ class Benchmark:
     """Steps before the first round: compilation, and the allocator's and the kernels' first times."""
     output: Path = Path("benchmark")
     """Folder for step.json, step.md and step.png."""
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
         for name in ("rounds", "steps", "warmup"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name}: expected 1 or more, got {getattr(self, name)}")
-
-    @property
-    def config(self) -> Config:
-        return Config(data=self.data, model=self.model, loss=self.loss, optim=self.optim, train=self.train)
 
 
 DEFAULT = Benchmark(model=ModelConfig(bank_size=16384), train=TrainConfig(batch_size=128))

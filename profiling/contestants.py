@@ -11,11 +11,9 @@ from torch import Tensor, nn
 
 from reco_fast import distributed
 from reco_fast.config import Config, ConfigError
-from reco_fast.data import loader_workers, recipe
+from reco_fast.data import open_training_loader
 from reco_fast.model import build_encoder
 from reco_fast.optim import build_optimizer
-from reco_fast.pipelines.loader import open_loader
-from reco_fast.pipelines.order import TrainingOrder
 from reco_fast.pipelines.sources import open_source
 from reco_fast.profiling.naive import NaiveReCo
 from reco_fast.state import build_state, pick_precision
@@ -46,17 +44,7 @@ def trainer(config: Config, device: torch.device) -> Contestant:
     def batches() -> Generator[Views, None, None]:
         assert config.data.path is not None
         source = open_source(config.data.path)
-        order = TrainingOrder(len(source), config.train.batch_size, seed=config.train.seed)
-        with open_loader(
-            config.data.loader,
-            source,
-            recipe(config),
-            order,
-            device=device,
-            seed=config.train.seed,
-            workers=loader_workers(config.data),
-            precision=state.precision,
-        ) as loader:
+        with open_training_loader(config, source, device, state.precision) as loader:
             for batch in loader:
                 yield batch.views
 

@@ -18,16 +18,18 @@ import resource
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from reco_fast import cli, distributed
-from reco_fast.config import Config, ConfigError, DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from reco_fast.config import ConfigError
+from reco_fast.data import available_cores
 from reco_fast.json_files import write_json
-from reco_fast.profiling.benchmark import device_name, take_turn
+from reco_fast.profiling.benchmark import DEFAULT as STEP
+from reco_fast.profiling.benchmark import StepOptions, device_name, take_turn
 from reco_fast.profiling.contestants import trainer
 from reco_fast.run_folder import environment
 from reco_fast.state import pick_device, pick_precision
@@ -36,7 +38,7 @@ FACTORS = {"batch": "--train.batch-size", "K": "--model.bank-size", "size": "--d
 
 
 @dataclass(frozen=True)
-class Growth:
+class Growth(StepOptions):
     batches: tuple[int, ...] = (32, 64, 256)
     banks: tuple[int, ...] = (1024, 4096, 65536)
     sizes: tuple[int, ...] = (64,)
@@ -51,11 +53,6 @@ class Growth:
     """Only one row, in the processes that torchrun started; prints it as JSON."""
     output: Path = Path("growth")
     """Folder for growth.json, growth.md and growth.png."""
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
         for name in ("rounds", "steps", "warmup", "batches", "banks", "sizes", "ranks"):
@@ -63,12 +60,8 @@ class Growth:
             if min(given if isinstance(given, tuple) else [given], default=1) < 1:
                 raise ConfigError(f"--{name}: expected 1 or more, got {given}")
 
-    @property
-    def config(self) -> Config:
-        return Config(data=self.data, model=self.model, loss=self.loss, optim=self.optim, train=self.train)
 
-
-DEFAULT = Growth(model=ModelConfig(bank_size=16384), train=TrainConfig(batch_size=128))
+DEFAULT = Growth(model=STEP.model, train=STEP.train)
 
 
 def measure(growth: Growth) -> dict[str, Any] | None:
@@ -106,21 +99,17 @@ def rows(growth: Growth) -> list[dict[str, int | str]]:
         "K": growth.model.bank_size,
         "size": growth.data.image_size,
         "ranks": 1,
-        "threads": _cores(),
+        "threads": available_cores(),
         "changed": "",
     }
     found = [middle]
     for changed, values in (("batch", growth.batches), ("K", growth.banks), ("size", growth.sizes)):
         found += [{**middle, changed: value, "changed": changed} for value in values if value != middle[changed]]
-    share = max(1, _cores() // max(growth.ranks, default=1))
+    share = max(1, available_cores() // max(growth.ranks, default=1))
     for ranks in growth.ranks:
         batch = ranks * growth.train.batch_size
         found.append({**middle, "ranks": ranks, "threads": share, "batch": batch, "changed": "ranks"})
     return found
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_row(row: dict[str, int | str], words: list[str]) -> dict[str, Any]:

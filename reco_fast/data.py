@@ -13,6 +13,8 @@ from reco_fast import distributed
 from reco_fast.config import Config, ConfigError, DataConfig
 from reco_fast.pipelines import generated
 from reco_fast.pipelines.augmentations import Recipe, reco_recipe
+from reco_fast.pipelines.loader import Loader, open_loader
+from reco_fast.pipelines.order import TrainingOrder
 from reco_fast.pipelines.sources import ImageSource, open_source
 
 
@@ -70,6 +72,31 @@ def recipe(config: Config) -> Recipe:
     """The views that the objective looks at: no weak one without the global relation."""
     full = reco_recipe(config.data.image_size)
     return full if config.loss.uses_global else dataclasses.replace(full, views=full.views[:2])
+
+
+def open_training_loader(
+    config: Config, source: ImageSource, device: torch.device, precision: torch.dtype, first_step: int = 0
+) -> Loader:
+    """This rank's part of the global batches, from `first_step` on, without end."""
+    order = TrainingOrder(
+        len(source),
+        config.train.batch_size,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        seed=config.train.seed,
+    )
+    return open_loader(
+        config.data.loader,
+        source,
+        recipe(config),
+        order,
+        device=device,
+        seed=config.train.seed,
+        workers=loader_workers(config.data),
+        on_bad_image=config.data.on_bad_image,
+        first_step=first_step,
+        precision=precision,
+    )
 
 
 def loader_workers(data: DataConfig) -> int:

@@ -17,15 +17,14 @@ import torch
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from reco_fast import checkpoint, cli, distributed, quarantine, run_folder
+from reco_fast import checkpoint, checks, cli, distributed, quarantine, run_folder
 from reco_fast.config import Config, ConfigError
-from reco_fast.data import LabelledData, loader_workers, open_data, recipe
+from reco_fast.data import LabelledData, open_data, open_training_loader, recipe
 from reco_fast.diagnostics import SETTLED_STEPS, SPREAD_ROWS, Watch, chance_levels, spread
 from reco_fast.evaluate import features_of, knn_top1, labelled_features
 from reco_fast.metrics import Meter, RunLog
 from reco_fast.pipelines.augmentations import Recipe
-from reco_fast.pipelines.loader import Batch, Loader, open_loader
-from reco_fast.pipelines.order import TrainingOrder
+from reco_fast.pipelines.loader import Batch, Loader
 from reco_fast.pipelines.sources import ImageSource
 from reco_fast.presets import PRESETS
 from reco_fast.profiling.flops import utilisation_per_image
@@ -63,8 +62,8 @@ def train(preset: str, config: Config) -> int:
     """A whole run. Everything a user can get wrong is found before the run folder is touched."""
     device = pick_device(config.train.device)
     with distributed.process_group(device):
-        check_ranks(config)
-        check_loss(config, device)
+        checks.fit_ranks(config)
+        checks.loss_runs(config, device)
         config, source, labelled = open_data(config)
         state = build_state(config, device)
         folder, resume_from = run_folder.choose(config, preset)
@@ -76,42 +75,25 @@ def train(preset: str, config: Config) -> int:
             return 0
         writes = distributed.rank() == 0
         progress = Progress() if resume_from is None else Progress.restore(resume_from, state)
-        check_same_start(state)
+        checks.same_start(state.step, device)
         if writes:
-            check_same_images(progress, source, config.data.path)
-        order = TrainingOrder(
-            len(source),
-            config.train.batch_size,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            seed=config.train.seed,
-        )
-        with (
-            run_folder.claimed(folder, config) if writes else nullcontext(),
-            nullcontext(quarantine.prepare(folder, config.data, source, labelled)) as left_out,
-            open_loader(
-                config.data.loader,
-                source,
-                recipe(config),
-                order,
-                device=device,
-                seed=config.train.seed,
-                workers=loader_workers(config.data),
-                on_bad_image=config.data.on_bad_image,
-                first_step=state.step,
-                precision=state.precision,
-            ) as loader,
-            wandb_beside(folder, config.run.wandb, config.to_json()) if writes and config.run.wandb else nullcontext(),
-            RunLog(folder if writes else None, total_steps=run.stop_at, first_step=state.step) as log,
-            checkpoint.Writer(folder / "checkpoints") as writer,
-            StopRequest() as stop,
-        ):
-            log.say(f"{folder}: {config.loss.objective} with {config.model.arch} on {len(source)} images, {device}")
-            for line in left_out:
-                log.say(line)
-            if labelled is None:
-                log.say("no --data.val-path with images by class: no kNN evaluation, only losses")
-            loop(run, state, progress, loader, log, writer, stop)
+            progress.fingerprint = checks.same_images(progress.fingerprint, source, config.data.path)
+        with run_folder.claimed(folder, config) if writes else nullcontext():
+            left_out = quarantine.prepare(folder, config.data, source, labelled)
+            project = config.run.wandb if writes else None
+            with (
+                open_training_loader(config, source, device, state.precision, state.step) as loader,
+                wandb_beside(folder, project, config.to_json()) if project else nullcontext(),
+                RunLog(folder if writes else None, total_steps=run.stop_at, first_step=state.step) as log,
+                checkpoint.Writer(folder / "checkpoints") as writer,
+                StopRequest() as stop,
+            ):
+                log.say(f"{folder}: {config.loss.objective} with {config.model.arch} on {len(source)} images, {device}")
+                for line in left_out:
+                    log.say(line)
+                if labelled is None:
+                    log.say("no --data.val-path with images by class: no kNN evaluation, only losses")
+                loop(run, state, progress, loader, log, writer, stop)
     return 0
 
 
@@ -310,52 +292,6 @@ def averages(sums: Tensor, progress: Progress) -> dict[str, float]:
     sums.zero_()
     progress.summed_steps = 0
     return values
-
-
-def check_same_images(progress: Progress, source: ImageSource, path: Path | None) -> None:
-    """Places in the training stream mean something only for the same files in the same order."""
-    fingerprint = source.fingerprint()
-    if progress.fingerprint not in (None, fingerprint):
-        raise ConfigError(f"--data.path: expected the images that this run began with, {path} holds others now")
-    progress.fingerprint = fingerprint
-
-
-def check_same_start(state: TrainState) -> None:
-    """All ranks must have found the same checkpoint, or none."""
-    steps = sorted(set(distributed.all_gather(torch.tensor([state.step], device=state.device)).tolist()))
-    if len(steps) > 1:
-        found = " and ".join(map(str, steps))
-        raise ConfigError(f"--run.dir: expected a folder that all machines share, ranks found runs at step {found}")
-
-
-def check_ranks(config: Config) -> None:
-    """What must fit the number of ranks."""
-    parts = distributed.world_size() * config.train.accumulate
-    if config.train.batch_size % parts:
-        raise ConfigError(
-            f"--train.batch-size: expected a multiple of ranks × --train.accumulate = {parts}, "
-            f"got {config.train.batch_size}"
-        )
-    rows = config.train.batch_size // parts
-    if config.model.key_norm == "shuffle" and distributed.world_size() == 1:
-        raise ConfigError("--model.key-norm: expected split, batch or ema on one rank, got shuffle (needs two or more)")
-    if config.model.key_norm == "split" and rows < 2 * config.model.norm_groups:
-        raise ConfigError(
-            f"--model.norm-groups: expected at most half of the {rows} images that a rank normalises together, "
-            f"got {config.model.norm_groups}"
-        )
-
-
-def check_loss(config: Config, device: torch.device) -> None:
-    """Whether the loss can run as asked for."""
-    if config.loss.impl == "triton":
-        try:
-            from reco_fast.kernels.relation_loss import unsupported
-        except ImportError:
-            raise ConfigError("--loss.impl: expected auto, sdpa or torch where Triton is not installed") from None
-        reason = unsupported(torch.empty(1, config.model.projection_dim, device=device))
-        if reason is not None:
-            raise ConfigError(f"--loss.impl triton: {reason}")
 
 
 def evaluate(run: Run, state: TrainState, progress: Progress, log: RunLog) -> float | None:
