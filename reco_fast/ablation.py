@@ -22,6 +22,7 @@ from reco_fast import cli, run_folder
 from reco_fast.config import Config, ConfigError
 from reco_fast.data import open_data
 from reco_fast.evaluate import labelled_features, linear_probe, load_run
+from reco_fast.json_files import parse_json, read_text, write_text
 from reco_fast.state import pick_device
 from reco_fast.train import preset_and_rest, train
 
@@ -40,8 +41,6 @@ TITLES = {
     "local-mixup": "+ local, mixup",
     "both": "+ both (ReCo)",
 }
-
-
 RESULT = {"method", "lr", "budget", "epochs", "seed", "seconds", "knn_top1", "linear_top1", "run"}
 
 
@@ -185,13 +184,10 @@ def judged(config: Config) -> dict[str, Any] | None:
 
 def read_results(path: Path) -> list[dict[str, Any]]:
     """What a stopped ablation has finished. Raises ConfigError where the file is not one of ours."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        results = [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise ConfigError(f"{path}: expected a JSON object a line, got {error}") from None
+    expected = f"expected a JSON object a line with {', '.join(sorted(RESULT))}"
+    results = [parse_json(line, path, expected) for line in read_text(path).splitlines()] if path.exists() else []
     if not all(isinstance(line, dict) and set(line) >= RESULT for line in results):
-        raise ConfigError(f"{path}: expected a JSON object a line with {', '.join(sorted(RESULT))}")
+        raise ConfigError(f"{path}: {expected}")
     return results
 
 
@@ -213,13 +209,6 @@ def spread(values: list[float]) -> str:
     """Mean and range, such as 40.1 (39.2 to 41.0)."""
     mean = f"{statistics.mean(values):.1f}"
     return mean if len(values) == 1 else f"{mean} ({min(values):.1f} to {max(values):.1f})"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Appears whole or not at all."""
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.rename(path)
 
 
 def draw_curves(folder: Path, results: list[dict[str, Any]]) -> None:
@@ -265,7 +254,7 @@ def shown(line: dict[str, Any], budget: str, results: list[dict[str, Any]]) -> b
 
 def curve(path: Path) -> list[tuple[float, float]]:
     """(epoch, kNN top-1) of every evaluation of a run."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [parse_json(line, path) for line in read_text(path).splitlines()]
     return [(line["epoch"], line["knn_top1"]) for line in lines if line["kind"] == "eval"]
 
 

@@ -26,12 +26,12 @@ def read_text(path: Path) -> str:
         raise ConfigError(f"{path}: expected text, got bytes that are not UTF-8") from None
 
 
-def parse_json(text: str, path: Path) -> Any:
+def parse_json(text: str, path: Path, expected: str = "expected JSON") -> Any:
     """The value of `text`, which came from `path`. Raises ConfigError."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # no JSON, a number of thousands of digits; nested without end
-        raise ConfigError(f"{path}: expected JSON, got: {error}") from None
+        raise ConfigError(f"{path}: {expected}, got: {error}") from None
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
