@@ -22,6 +22,7 @@ from reco_fast.typed import as_dataclass
 
 FORMAT = 1
 _MOST_STEPS = 2**40  # places in the stream of images stay far below 2⁶³
+_BANK_TYPES = {torch.float32, torch.bfloat16}  # by device: a run may go on upon another
 _NAME = re.compile(r"step-\d{9,15}\.safetensors")
 KEEP = 2  # the newest, and the one before it should the newest turn out unreadable
 
@@ -117,7 +118,9 @@ def load(path: Path, state: TrainState) -> dict[str, Any]:
     """
     tensors, header = read(path)
     for name, value in _tensors(state).items():
-        if name not in tensors or tensors[name].shape != value.shape or tensors[name].dtype != value.dtype:
+        types = {tensors[name].dtype, value.dtype} if name in tensors else set()
+        fitting = len(types) == 1 or (name.startswith("bank.") and types == _BANK_TYPES)
+        if not fitting or tensors[name].shape != value.shape:
             found = f"{tensors[name].dtype} {list(tensors[name].shape)}" if name in tensors else "nothing"
             raise ConfigError(f"{path}: expected {name} as {value.dtype} {list(value.shape)}, got {found}")
     if state.scaler.is_enabled() and not header["scaler"]:

@@ -72,7 +72,8 @@ def build_state(config: Config, device: torch.device) -> TrainState:
     bank = MemoryBank(
         config.model.bank_size,
         config.model.projection_dim,
-        dtype=torch.float32 if precision == torch.float32 else torch.bfloat16,
+        # On a CPU the loss would copy bfloat16 banks to float32 in every step.
+        dtype=torch.bfloat16 if device.type == "cuda" and precision != torch.float32 else torch.float32,
         seed=config.train.seed,
     ).to(device)
 
@@ -121,14 +122,12 @@ def check_device(config: Config, device: torch.device) -> None:
         )
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of this rank. Raises ConfigError for `cuda` without CUDA."""
+def pick_device(name: str, flag: str = "--train.device") -> torch.device:
+    """The device of this rank. Raises ConfigError, which names `flag`, for `cuda` without CUDA."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ConfigError(
-            "--train.device: expected cpu or auto on this machine (PyTorch finds no CUDA device), got cuda"
-        )
+        raise ConfigError(f"{flag}: expected cpu or auto on this machine (PyTorch finds no CUDA device), got cuda")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device

@@ -204,22 +204,20 @@ def _forward(
             mix_anchor=loss.mix_anchor,
             impl=loss.impl,
         )
-    health = _feature_health(query.detach(), keys[0], state.bank.keys)
+    health = _feature_health(query.detach(), keys[0])
     return out.total, keys, torch.stack([out.total.detach(), *out[1:], *health])
 
 
-def _feature_health(query: Tensor, key: Tensor, bank: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean similarity of positives, and of queries with the bank; norm of the mean unit embedding (1: all alike, or
-    drifting as one); and the standard deviation of its coordinates times √D (1: uniform on the sphere; 0: collapsed).
-    """
-    q = unit(query)
-    mean = q.mean(dim=0)
-    return (
-        (q * unit(key)).sum(dim=1).mean(),
-        mean @ bank.mean(dim=0, dtype=torch.float32),  # the mean of all N×K similarities
-        mean.norm(),
-        q.std(dim=0, correction=0).mean() * q.shape[1] ** 0.5,
-    )
+def _feature_health(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean similarity of positives, and of queries with the other images' keys, the newest negatives; norm of the mean
+    unit embedding (1: all alike, or drifting as one); and the standard deviation of its coordinates times √D (1:
+    uniform on the sphere; 0: collapsed). All by means over rows: no N×N matrix, and no pass over the bank."""
+    q, k = unit(query), unit(key)
+    mean, rows = q.mean(dim=0), len(q)
+    positive = (q * k).sum(dim=1).mean()
+    all_pairs = mean @ k.mean(dim=0)
+    negative = (rows * all_pairs - positive) / max(1, rows - 1)
+    return positive, negative, mean.norm(), q.std(dim=0, correction=0).mean() * q.shape[1] ** 0.5
 
 
 def _to_device(array: np.ndarray, device: torch.device) -> Tensor:

@@ -107,6 +107,20 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
         checkpoint.load(path, build_state(other, torch.device("cpu")))
 
 
+def test_a_run_goes_on_upon_a_device_that_keeps_its_banks_in_another_type(tmp_path: Path) -> None:
+    state = trained(1)
+    state.bank.to(torch.bfloat16)
+    path = save(state, tmp_path, {})
+    resumed = build_state(CONFIG, torch.device("cpu"))
+    checkpoint.load(path, resumed)
+    for name in ("keys", "weak_keys"):
+        assert torch.equal(getattr(resumed.bank, name), getattr(state.bank, name).float())
+    go_on(resumed, 1)
+    state.student.to(torch.bfloat16)  # and of all else another type is another model
+    with pytest.raises(ConfigError, match=r"expected student\.\S+ as torch\.float32 .*, got torch\.bfloat16"):
+        checkpoint.load(save(state, tmp_path, {}), resumed)
+
+
 def test_what_changes_after_save_is_not_in_it(tmp_path: Path) -> None:
     state = trained(0)
     before = state.student.projector[0].weight.detach().clone()
