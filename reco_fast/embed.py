@@ -85,7 +85,7 @@ def embed(command: EmbedCommand) -> int:
         raise ConfigError("--data.path: expected a folder of images or .tar shards, got nothing")
     config, encoder = load_run(command.run_dir, command.which)
     data = dataclasses.replace(config.data, **dataclasses.asdict(command.data))
-    device = pick_device(command.device)
+    device = pick_device(command.device, "--device")
     precision = pick_precision(config.train.precision, device)
     source = open_source(command.data.path)
     backbone = encoder.get_submodule("backbone").eval()

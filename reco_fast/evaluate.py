@@ -177,7 +177,7 @@ def evaluate(command: EvaluateCommand) -> int:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("WORLD_SIZE: expected one process, without torchrun, got more")
     config, encoder = load_run(command.run_dir, command.which)
-    device = pick_device(command.device)
+    device = pick_device(command.device, "--device")
     config = dataclasses.replace(config, data=chosen_data(command.data, config.data))
     path, val_path = config.data.path, config.data.val_path
     if path is None:
