@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from torch.utils.dlpack import from_dlpack
 
 from reco_fast.pipelines.augmentations import Recipe, ViewParameters, ViewRecipe, sample_parameters
+from reco_fast.pipelines.image_source import DataError, ImageSource
 from reco_fast.pipelines.images import BadImage, to_ppm
 from reco_fast.pipelines.journal import Journal
 from reco_fast.pipelines.loader import Batch, ImageReader, Loader, OnBadImage, Sample
 from reco_fast.pipelines.order import Order
-from reco_fast.pipelines.sources import DataError, ImageSource
 
 __all__ = ["DaliLoader"]
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from reco_fast.pipelines.sources import DataError, cache_folder
+from reco_fast.pipelines.image_source import DataError, cache_folder
 
 __all__ = ["MOTIFS", "Difficulty", "draw", "generate"]
 

@@ -3,7 +3,6 @@
 import importlib
 import importlib.util
 import os
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from reco_fast.pipelines.sources import DataError, PackedNames, fingerprint_of
+from reco_fast.pipelines.image_source import DataError, ImageSource
 
 __all__ = ["HuggingFaceSource", "open_hugging_face"]
 
 
-class HuggingFaceSource:
+class HuggingFaceSource(ImageSource):
     """The one image column of a `datasets.Dataset`, undecoded. Names are the row numbers; labels are the first
     `ClassLabel` column, unless a row has none.
 
@@ -35,12 +34,7 @@ class HuggingFaceSource:
         self._column = images[0] if len(images) == 1 else "image"
         if len(dataset) == 0:
             raise DataError(f"{name}: expected images, it has no rows")
-        self.unreadable: dict[str, str] = {}
-        self.known_bad: dict[int, str] = {}
-        self.journal: Path | None = None
-        self.names: Sequence[str] = PackedNames([f"{row:09d}" for row in range(len(dataset))])
-        self.labels: NDArray[np.int64] | None = None
-        self.classes: list[str] = []
+        super().__init__([f"{row:09d}" for row in range(len(dataset))])
         for key, kind in dataset.features.items():
             if isinstance(kind, datasets.ClassLabel):
                 numbers = np.array([-1 if number is None else number for number in dataset[key][:]], np.int64)
@@ -49,9 +43,6 @@ class HuggingFaceSource:
                 break
         encoded = dataset.select_columns([self._column]).cast_column(self._column, datasets.Image(decode=False))
         self._dataset = encoded.with_format(None)
-
-    def __len__(self) -> int:
-        return len(self.names)
 
     def read(self, index: int) -> bytes:
         image = self._dataset[index][self._column]
@@ -64,12 +55,12 @@ class HuggingFaceSource:
     def stamp(self, index: int) -> tuple[int, int]:
         return int(self._sizes[index]), 0
 
-    def fingerprint(self) -> str:
-        return fingerprint_of(PackedNames(self.names), self._sizes)
+    def sizes(self) -> NDArray[np.int64]:
+        return self._sizes
 
     @cached_property
     def _sizes(self) -> NDArray[np.int64]:
-        """[len] Bytes of each image; -1 where a row has none in it. Reads no image."""
+        """Reads no image."""
         compute: Any = importlib.import_module("pyarrow.compute")
         sizes = []
         for rows in self._dataset.with_format("arrow").iter(10_000):

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from reco_fast.pipelines.augmentations import Recipe
+from reco_fast.pipelines.image_source import DataError, ImageSource
 from reco_fast.pipelines.images import BadImage, to_plain, to_ppm
 from reco_fast.pipelines.journal import Journal
 from reco_fast.pipelines.order import Order
-from reco_fast.pipelines.sources import DataError, ImageSource
 
 __all__ = ["Batch", "ImageReader", "Loader", "LoaderKind", "OnBadImage", "Sample", "open_loader", "resolve"]
 

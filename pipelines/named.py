@@ -6,7 +6,6 @@ import shutil
 import tarfile
 import tempfile
 from bisect import bisect_right
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torchvision.datasets.utils import download_url
 
-from reco_fast.pipelines.sources import DataError, ImageSource, PackedNames, cache_folder, fingerprint_of, stamp_of
+from reco_fast.pipelines.image_source import DataError, ImageSource, cache_folder, stamp_of
 
 __all__ = ["DATA_SETS", "DataSet", "open_named"]
 
@@ -115,15 +114,10 @@ def _unpack(archive: Path, data_set: DataSet, folder: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-class PixelSource:
+class PixelSource(ImageSource):
     """Images of one size as raw pixels in files, handed out as PPM."""
 
     def __init__(self, root: Path, data_set: DataSet, split: str) -> None:
-        self.unreadable: dict[str, str] = {}
-        self.known_bad: dict[int, str] = {}
-        self.journal: Path | None = None
-        self.classes: list[str] = []
-        self.labels: NDArray[np.int64] | None = None
         self._files = [os.fspath(root / file) for file in data_set.splits[split]]
         self._side = data_set.side
         self._by_column = data_set.by_column
@@ -131,7 +125,7 @@ class PixelSource:
         self._record = self._skip + 3 * self._side**2
         counts = [os.path.getsize(file) // self._record for file in self._files]
         self._ends = np.cumsum(counts).tolist()
-        self.names: Sequence[str] = PackedNames(
+        super().__init__(
             [
                 f"{Path(file).stem}/{index:06d}"
                 for file, n in zip(self._files, counts, strict=True)
@@ -145,9 +139,6 @@ class PixelSource:
             self.labels = np.fromfile(root / data_set.label_files[split], np.uint8).astype(np.int64) - 1
         if self.labels is not None:
             self.classes = list(data_set.classes)
-
-    def __len__(self) -> int:
-        return len(self.names)
 
     def read(self, index: int) -> bytes:
         file = self._file(index)
@@ -164,5 +155,5 @@ class PixelSource:
     def _file(self, index: int) -> int:
         return bisect_right(self._ends, index)
 
-    def fingerprint(self) -> str:
-        return fingerprint_of(PackedNames(self.names), np.full(len(self), self._record, np.int64))
+    def sizes(self) -> NDArray[np.int64]:
+        return np.full(len(self), self._record, np.int64)

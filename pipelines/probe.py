@@ -15,8 +15,8 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
+from reco_fast.pipelines.image_source import ImageSource
 from reco_fast.pipelines.images import BadImage, decode_image, to_plain, to_ppm
-from reco_fast.pipelines.sources import ImageSource
 
 __all__ = ["DEADLY", "Decoder", "Probe", "probe_all"]
 

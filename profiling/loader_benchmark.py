@@ -27,9 +27,10 @@ from torchvision import transforms
 
 from reco_fast.cli import run
 from reco_fast.pipelines.augmentations import Recipe, ViewRecipe, reco_recipe
+from reco_fast.pipelines.image_source import ImageSource
 from reco_fast.pipelines.loader import LoaderKind, open_loader
 from reco_fast.pipelines.order import TrainingOrder
-from reco_fast.pipelines.sources import ImageSource, open_source
+from reco_fast.pipelines.sources import open_source
 
 Batches = Generator[object, None, None]
 

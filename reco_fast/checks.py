@@ -6,7 +6,7 @@ import torch
 
 from reco_fast import distributed
 from reco_fast.config import Config, ConfigError
-from reco_fast.pipelines.sources import ImageSource
+from reco_fast.pipelines.image_source import ImageSource
 
 
 def same_images(before: str | None, source: ImageSource, path: Path | None) -> str:

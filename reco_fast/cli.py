@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TypeVar
 import tyro
 
 from reco_fast.config import ConfigError
-from reco_fast.pipelines.sources import DataError
+from reco_fast.pipelines.image_source import DataError
 from reco_fast.typed import one_line
 
 T = TypeVar("T")

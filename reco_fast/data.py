@@ -13,9 +13,10 @@ from reco_fast import distributed
 from reco_fast.config import Config, ConfigError, DataConfig
 from reco_fast.pipelines import generated
 from reco_fast.pipelines.augmentations import Recipe, reco_recipe
+from reco_fast.pipelines.image_source import ImageSource
 from reco_fast.pipelines.loader import Loader, open_loader
 from reco_fast.pipelines.order import TrainingOrder
-from reco_fast.pipelines.sources import ImageSource, open_source
+from reco_fast.pipelines.sources import open_source
 
 
 class LabelledData(NamedTuple):

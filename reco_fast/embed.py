@@ -27,9 +27,10 @@ from reco_fast.evaluate import load_run
 from reco_fast.export import check_output, whole_file
 from reco_fast.metrics import Meter
 from reco_fast.pipelines.augmentations import evaluation_recipe
+from reco_fast.pipelines.image_source import ImageSource
 from reco_fast.pipelines.loader import open_loader
 from reco_fast.pipelines.order import EvaluationOrder
-from reco_fast.pipelines.sources import ImageSource, open_source
+from reco_fast.pipelines.sources import open_source
 from reco_fast.progress import progress
 from reco_fast.state import pick_device, pick_precision
 

@@ -15,8 +15,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from reco_fast.config import ConfigError
 from reco_fast.export import whole_file
+from reco_fast.pipelines.image_source import ImageSource
 from reco_fast.pipelines.images import decode_image
-from reco_fast.pipelines.sources import ImageSource
 from reco_fast.typed import one_line
 
 PROJECTOR_IMAGES = 5000  # TensorBoard's Projector becomes slow above

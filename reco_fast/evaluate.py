@@ -28,9 +28,10 @@ from reco_fast.diagnostics import spread
 from reco_fast.json_files import write_json, write_text
 from reco_fast.model import build_encoder
 from reco_fast.pipelines.augmentations import evaluation_recipe
+from reco_fast.pipelines.image_source import ImageSource
 from reco_fast.pipelines.loader import open_loader
 from reco_fast.pipelines.order import EvaluationOrder
-from reco_fast.pipelines.sources import ImageSource, open_source
+from reco_fast.pipelines.sources import open_source
 from reco_fast.progress import progress
 from reco_fast.state import pick_device, pick_precision
 

@@ -18,8 +18,8 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from reco_fast.config import ConfigError
+from reco_fast.pipelines.image_source import ImageSource
 from reco_fast.pipelines.images import decode_image
-from reco_fast.pipelines.sources import ImageSource
 
 PICTURES = ("confusion.png", "classes.png", "knn.png", "neighbours.png", "map.png")
 NAMED_CLASSES = 50  # more names than these cannot be read on one page

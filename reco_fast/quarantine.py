@@ -10,10 +10,10 @@ from reco_fast import distributed
 from reco_fast.config import ConfigError, DataConfig
 from reco_fast.data import LabelledData
 from reco_fast.json_files import parse_json, read_json, read_text, write_json
+from reco_fast.pipelines.image_source import ImageSource
 from reco_fast.pipelines.journal import left_behind
 from reco_fast.pipelines.loader import resolve
 from reco_fast.pipelines.probe import DEADLY, Decoder, Probe
-from reco_fast.pipelines.sources import ImageSource
 
 FILE = "quarantine.json"
 JOURNALS = "decoding"

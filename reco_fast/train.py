@@ -24,8 +24,8 @@ from reco_fast.diagnostics import SETTLED_STEPS, SPREAD_ROWS, Watch, chance_leve
 from reco_fast.evaluate import features_of, knn_top1, labelled_features
 from reco_fast.metrics import Meter, RunLog
 from reco_fast.pipelines.augmentations import Recipe
+from reco_fast.pipelines.image_source import ImageSource
 from reco_fast.pipelines.loader import Batch, Loader
-from reco_fast.pipelines.sources import ImageSource
 from reco_fast.presets import PRESETS
 from reco_fast.profiling.flops import utilisation_per_image
 from reco_fast.profiling.trace import region, trace

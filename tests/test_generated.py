@@ -10,7 +10,8 @@ from PIL import Image
 
 from reco_fast.pipelines import generated
 from reco_fast.pipelines.generated import MOTIFS, draw, generate
-from reco_fast.pipelines.sources import DataError, open_source
+from reco_fast.pipelines.image_source import DataError
+from reco_fast.pipelines.sources import open_source
 
 
 @pytest.fixture(scope="module")

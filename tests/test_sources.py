@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from reco_fast.pipelines.image_source import DataError, PackedNames
 from reco_fast.pipelines.order import EvaluationOrder, TrainingOrder
-from reco_fast.pipelines.sources import DataError, FolderSource, PackedNames, TarSource, open_source
+from reco_fast.pipelines.shards import TarSource
+from reco_fast.pipelines.sources import FolderSource, open_source
 
 
 def write(folder: Path, *names: str) -> Path:

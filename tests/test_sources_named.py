@@ -20,10 +20,11 @@ from PIL import Image
 
 from reco_fast.pipelines import named
 from reco_fast.pipelines.augmentations import evaluation_recipe
+from reco_fast.pipelines.image_source import DataError, ImageSource
 from reco_fast.pipelines.images import decode_image
 from reco_fast.pipelines.loader import open_loader
 from reco_fast.pipelines.order import EvaluationOrder
-from reco_fast.pipelines.sources import DataError, ImageSource, open_source
+from reco_fast.pipelines.sources import open_source
 
 COUNT = 4  # images a file
 
