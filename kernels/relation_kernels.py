@@ -69,7 +69,7 @@ def _number(x):
 
 @triton.jit
 def unit_kernel(query, query_mix, key_weak, unit_rows, N, D: tl.constexpr, BLOCK_D: tl.constexpr,
-                 BLOCK_N: tl.constexpr, DTYPE: tl.constexpr, EMULATE: tl.constexpr):  # fmt: skip
+                BLOCK_N: tl.constexpr, DTYPE: tl.constexpr, EMULATE: tl.constexpr):  # fmt: skip
     """The unit rows of q, m and v into `unit_rows` [3, N, D], in the dtype of the products."""
     which = tl.program_id(1)
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -88,9 +88,9 @@ def unit_kernel(query, query_mix, key_weak, unit_rows, N, D: tl.constexpr, BLOCK
 
 @triton.jit
 def attend_kernel(unit_rows, bank, bank_weak, partial_mean, partial_lse, N, K, split_length, first_split, splits,
-                   scale, student_scale, teacher_scale, BANK_STRIDE: tl.constexpr, BANK_WEAK_STRIDE: tl.constexpr,
-                   D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                   LOCAL: tl.constexpr, MASKED: tl.constexpr, ONLINE: tl.constexpr, EMULATE: tl.constexpr):  # fmt: skip
+                  scale, student_scale, teacher_scale, BANK_STRIDE: tl.constexpr, BANK_WEAK_STRIDE: tl.constexpr,
+                  D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                  LOCAL: tl.constexpr, MASKED: tl.constexpr, ONLINE: tl.constexpr, EMULATE: tl.constexpr):  # fmt: skip
     """Partial O [sets, N, splits, D] and lse [sets, N, splits] (base 2) of one row tile, row set and bank split.
 
     The row sets are q|A, then m|A if LOCAL, then q|B and v|B: as many as the grid has. The scales are log₂e/τ.
@@ -200,10 +200,10 @@ def _softplus(z):
 
 @triton.jit
 def combine_kernel(query, query_mix, key, unit_rows, permutation, mix_ratio, partial_mean, partial_lse, row_losses,
-                    grad_query, grad_query_mix, N, splits, mix_ratio_stride, inverse_temperature,
-                    inverse_student_temperature, inverse_teacher_temperature, global_weight, local_weight,
-                    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, GLOBAL: tl.constexpr,
-                    LOCAL: tl.constexpr, ANCHOR_IS_QUERY: tl.constexpr):  # fmt: skip
+                   grad_query, grad_query_mix, N, splits, mix_ratio_stride, inverse_temperature,
+                   inverse_student_temperature, inverse_teacher_temperature, global_weight, local_weight,
+                   D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, GLOBAL: tl.constexpr,
+                   LOCAL: tl.constexpr, ANCHOR_IS_QUERY: tl.constexpr):  # fmt: skip
     """One row: its losses into `row_losses` [4, N], and ∂total/∂query and ∂total/∂query_mix [N, D]."""
     LN_2: tl.constexpr = 0.6931471805599453
     row = tl.program_id(0).to(tl.int64)
@@ -263,7 +263,7 @@ def _row_mean(row_losses, N, BLOCK: tl.constexpr):
 
 @triton.jit
 def mean_kernel(row_losses, total, parts, N, global_weight, local_weight, GLOBAL: tl.constexpr,
-                 LOCAL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                LOCAL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """`parts` [4] = means of instance, global, local, teacher entropy; `total` = their weighted sum."""
     instance = _row_mean(row_losses, N, BLOCK)
     loss = instance
