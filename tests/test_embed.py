@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from loading import LOADERS, needs_dali
 from odd_images import bad_images
 from PIL import Image
 
@@ -89,8 +90,8 @@ def test_features_paths_and_labels(run: Path, images: Path, tmp_path: Path, whic
     assert [arrays["classes"][n] for n in arrays["labels"]] == [name.split("/")[0] for name in arrays["paths"]]
 
 
+@needs_dali
 def test_both_loaders_agree(run: Path, images: Path, tmp_path: Path) -> None:
-    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     by_torch, by_dali = (embedded(run, images, tmp_path / f"{kind}.npz", kind) for kind in ("torch", "dali"))
     assert by_torch["paths"].tolist() == by_dali["paths"].tolist()
     a, b = (torch.nn.functional.normalize(torch.from_numpy(x["features"])) for x in (by_torch, by_dali))
@@ -113,12 +114,10 @@ def test_shards(run: Path, images: Path, tmp_path: Path) -> None:
         np.testing.assert_allclose(row, named[f"{('dark', 'light')[int(shard[0])]}/{name}"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("loader", ["torch", "dali"])
+@pytest.mark.parametrize("loader", LOADERS)
 def test_bad_images_are_left_out_and_named(
     run: Path, images: Path, tmp_path: Path, loader: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if loader == "dali":
-        pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     mixed = tmp_path / "mixed"
     mixed.mkdir()
     for index, path in enumerate(sorted(images.rglob("*.png"))):

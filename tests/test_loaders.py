@@ -1,13 +1,12 @@
-"""Both loaders: the same views, every image once an epoch, exact resume, bad images replaced and named, a clean end."""
+"""Both loaders: the same views, every image once an epoch, exact resume, a clean end."""
 
 import contextlib
 import gc
-import importlib.util
 import multiprocessing
 import os
-import random
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from pathlib import Path
@@ -16,38 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from odd_images import bad_images, deceiving_images, encode, odd_images, picture
+from loading import HAS_DALI, both_loaders, levels, needs_dali, take, tiny, training
+from odd_images import encode, picture
 
 from reco_fast.pipelines.augmentations import Recipe, ViewRecipe, evaluation_recipe, reco_recipe
-from reco_fast.pipelines.images import to_plain, to_ppm
-from reco_fast.pipelines.loader import Batch, ImageReader, Loader, open_loader
+from reco_fast.pipelines.images import to_ppm
+from reco_fast.pipelines.loader import Batch, ImageReader, open_loader
 from reco_fast.pipelines.order import EvaluationOrder, TrainingOrder
-from reco_fast.pipelines.sources import DataError, ImageSource, open_source
+from reco_fast.pipelines.sources import DataError, open_source
 from reco_fast.pipelines.torch_loader import OneAhead
-
-HAS_DALI = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
-KINDS = [pytest.param("dali", marks=pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed")), "torch"]
-both_loaders = pytest.mark.parametrize("kind", KINDS)
-needs_dali = pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed")
-
-
-def training(kind: Any, source: ImageSource, recipe: Recipe, batch_size: int = 8, **options: Any) -> Loader:
-    order = TrainingOrder(
-        len(source), batch_size, rank=options.pop("rank", 0), world_size=options.pop("world_size", 1), seed=3
-    )
-    return open_loader(kind, source, recipe, order, **{"device": "cpu", "seed": 7, "workers": 1} | options)
-
-
-def take(loader: Loader, count: int) -> list[Batch]:
-    with loader:
-        return [next(loader) for _ in range(count)]
-
-
-def levels(view: torch.Tensor, recipe: Recipe) -> torch.Tensor:
-    """A normalised view as 0..255."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (recipe.mean, recipe.std))
-    return 255 * (view * std + mean)
-
 
 # What the two loaders make of the same parameters
 
@@ -104,23 +80,6 @@ def test_whole_views_agree(photographs: Path, cifar: Path, size: int, tolerance:
     print(f"{size} px: mean absolute difference of the three views {[round(value, 3) for value in far]}")
     assert max(far[:2]) < tolerance
     assert far[2] < 0.25
-
-
-@needs_dali
-def test_every_decodable_file_gives_the_same_pixels(tmp_path: Path) -> None:
-    for name, data in odd_images().items():
-        (tmp_path / name).write_bytes(data)
-    source = open_source(tmp_path)
-    recipe = Recipe((ViewRecipe(center_crop=1.0),), 40)  # as large as the pictures: hardly any resampling
-    for kind in ("dali", "torch"):
-        with training(kind, source, recipe, batch_size=len(source)) as loader:
-            batch = next(loader)
-            assert not loader.bad_images
-            pixels = levels(batch.views[0], recipe)[batch.indices.argsort()]
-        if kind == "dali":
-            first = pixels
-    worst = (first - pixels).abs().amax(dim=(1, 2, 3))
-    assert worst.max() <= 1.01, dict(zip(source.names, worst.tolist(), strict=True))
 
 
 @needs_dali
@@ -189,10 +148,6 @@ def test_two_epochs_hold_every_image_once(kind: str, world_size: int, cifar: Pat
         assert early[0].isdisjoint(early[1])
 
 
-def tiny() -> Recipe:
-    return Recipe((ViewRecipe(flip_probability=0.5),), 8)
-
-
 @both_loaders
 def test_a_later_first_step_continues_bit_for_bit(kind: str, cifar: Path) -> None:
     source, recipe = open_source(cifar), reco_recipe(32)
@@ -237,8 +192,6 @@ def test_evaluation_is_one_pass_in_order(kind: str, images: int, batch_size: int
 
 @both_loaders
 def test_tar_shards_are_read(kind: str, tmp_path: Path, cifar: Path) -> None:
-    import tarfile
-
     files = sorted(cifar.rglob("*.jpg"))[:40]
     for shard in range(2):
         with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
@@ -246,127 +199,6 @@ def test_tar_shards_are_read(kind: str, tmp_path: Path, cifar: Path) -> None:
                 tar.add(path, f"{path.parent.name}-{path.name}")
     (batch,) = take(training(kind, open_source(tmp_path), reco_recipe(32), 40), 1)
     assert sorted(batch.indices.tolist()) == list(range(40))
-
-
-# Bad images
-
-
-def mixed_folder(folder: Path, good: int = 80) -> tuple[ImageSource, set[str]]:
-    """Many plain images, every odd one and every bad one, in an order that puts bad ones side by side."""
-    for number in range(good):
-        (folder / f"plain {number:03d}.jpg").write_bytes(encode(picture(seed=number), "JPEG"))
-    for name, data in (odd_images() | bad_images() | deceiving_images()).items():
-        (folder / name).write_bytes(data)
-    (folder / "broken link.jpg").symlink_to("nowhere")
-    return open_source(folder), {*bad_images(), *deceiving_images(), "broken link.jpg"}
-
-
-@both_loaders
-@pytest.mark.parametrize("batch_size", [32, 128])
-def test_bad_images_are_replaced_and_named(kind: str, batch_size: int, tmp_path: Path) -> None:
-    source, bad = mixed_folder(tmp_path)
-    bad_indices = {index for index, name in enumerate(source.names) if name in bad}
-    steps = 3 * len(source) // batch_size + 1
-    order = TrainingOrder(len(source), batch_size, seed=3)
-    with training(kind, source, reco_recipe(32), batch_size) as loader:
-        for step in range(steps):
-            batch = next(loader)
-            assert len(batch.indices) == batch_size == len(batch.views[0])
-            for used, asked in zip(batch.indices.tolist(), order.batch(step)[1].tolist(), strict=True):
-                while asked in bad_indices:
-                    asked = (asked + 1) % len(source)
-                assert used == asked
-        assert set(loader.bad_images) == bad
-        assert all(reason and "\n" not in reason for reason in loader.bad_images.values())
-
-
-@both_loaders
-def test_a_bad_image_can_end_the_run(kind: str, tmp_path: Path) -> None:
-    for number in range(20):
-        (tmp_path / f"{number:02d}.jpg").write_bytes(encode(picture(), "JPEG"))
-    (tmp_path / "13.jpg").write_bytes(b"<html>")
-    loader = training(kind, open_source(tmp_path), tiny(), 20, on_bad_image="raise")
-    with loader, pytest.raises(DataError, match=r"^13\.jpg: not an image: it starts with b'<html>'$"):
-        next(loader)
-
-
-@both_loaders
-def test_a_folder_without_any_good_image(kind: str, tmp_path: Path) -> None:
-    for number in range(20):
-        (tmp_path / f"{number:02d}.jpg").write_bytes(b"text")
-    with (
-        training(kind, open_source(tmp_path), tiny()) as loader,
-        pytest.raises(DataError, match=r"no image can be used, e\.g\. \d\d\.jpg: not an image"),
-    ):
-        next(loader)
-
-
-@both_loaders
-def test_a_file_that_vanishes_is_named(kind: str, tmp_path: Path) -> None:
-    for number in range(20):
-        (tmp_path / f"{number:02d}.jpg").write_bytes(encode(picture(), "JPEG"))
-    source = open_source(tmp_path)
-    (tmp_path / "07.jpg").unlink()
-    with training(kind, source, tiny(), 20) as loader:
-        batch = next(loader)
-        assert loader.bad_images == {"07.jpg": "No such file or directory"}
-    assert sorted(batch.indices.tolist()).count(8) == 2
-
-
-@both_loaders
-def test_what_passes_the_check_and_fails_to_decode_is_replaced_too(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Several such files in one batch; the batches under way at that moment are not lost."""
-    from reco_fast.pipelines import loader as loader_module
-
-    source, bad = mixed_folder(tmp_path)
-    expected = take(training(kind, source, tiny(), 32), 12)
-
-    def trusting(data: bytes) -> tuple[bytes, int, int]:
-        return (data, 300, 400) if data in deceiving_images().values() else to_plain(data)
-
-    monkeypatch.setattr(loader_module, "to_plain", trusting)
-    with training(kind, source, tiny(), 32) as loader:
-        for batch in expected:
-            mended = next(loader)
-            assert torch.equal(mended.indices, batch.indices)
-            assert torch.equal(mended.views[0], batch.views[0])
-        assert set(loader.bad_images) == bad
-        assert loader.bad_images["huffman.jpg"] == "broken data stream when reading image file"
-
-
-def test_fuzzed_files_end_no_process_and_both_loaders_call_the_same_ones_bad(tmp_path: Path) -> None:
-    """300 files with a few bytes changed, half of them in the header; in a process of its own, which might die."""
-    chosen = random.Random(0)
-    for number in range(300):
-        data = bytearray(encode(picture(seed=number % 20), "JPEG", progressive=number % 5 == 0))
-        for _ in range(chosen.randint(1, 8)):
-            data[chosen.randrange(min(len(data), 650) if number % 2 else len(data))] = chosen.randrange(256)
-        (tmp_path / f"{number}.jpg").write_bytes(data)
-    script = """
-import sys
-from reco_fast.pipelines.augmentations import reco_recipe
-from reco_fast.pipelines.loader import open_loader
-from reco_fast.pipelines.order import TrainingOrder
-from reco_fast.pipelines.sources import open_source
-source = open_source(sys.argv[1])
-for kind in sys.argv[2:]:
-    order = TrainingOrder(len(source), 32)
-    with open_loader(kind, source, reco_recipe(32), order, device="cpu", seed=0, workers=1) as loader:
-        for _ in range(len(source) // 32 + 2):
-            next(loader)
-        print(*sorted(loader.bad_images))
-"""
-    kinds = ["dali", "torch"] if HAS_DALI else ["torch"]
-    done = subprocess.run(
-        [sys.executable, "-c", script, os.fspath(tmp_path), *kinds], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    bad = done.stdout.splitlines()
-    assert len(bad) == len(kinds)
-    assert len(set(bad)) == 1
-    assert 50 < len(bad[0].split()) < 250
 
 
 def test_a_small_source_is_read_once(tmp_path: Path) -> None:
@@ -506,7 +338,6 @@ def test_a_process_ends_quietly(kind: str, end: str, cifar: Path) -> None:
     script = f"""
 import os, signal, sys
 from reco_fast.pipelines.augmentations import reco_recipe
-from reco_fast.pipelines.images import to_plain, to_ppm
 from reco_fast.pipelines.loader import open_loader
 from reco_fast.pipelines.order import TrainingOrder
 from reco_fast.pipelines.sources import open_source

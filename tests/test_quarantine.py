@@ -1,6 +1,5 @@
 """An image that ends the decoder's process: named, left out, and the run goes on. And the manifest."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -8,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from loading import HAS_DALI, LOADERS, needs_dali
 from odd_images import bad_images, encode, picture
 
 from reco_fast import check_images, quarantine
@@ -16,7 +16,6 @@ from reco_fast.pipelines.journal import Journal, left_behind
 from reco_fast.pipelines.probe import Probe
 from reco_fast.pipelines.sources import open_source
 
-HAS_DALI = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
 SLOW = bool(os.environ.get("RECO_FAST_SLOW"))
 # No file is known that kills DALI 2.4 or Pillow past the checks, so this makes both die of a mark in a comment: what
 # DALI's pipelines are fed, and what Pillow's JPEG decoder opens.
@@ -99,7 +98,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 @pytest.mark.parametrize(
     "loader",
     [
-        pytest.param("dali", marks=pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed")),
+        pytest.param("dali", marks=needs_dali),
         pytest.param("torch", marks=pytest.mark.skipif(HAS_DALI and not SLOW, reason="RECO_FAST_SLOW=1 runs it")),
     ],
 )
@@ -153,10 +152,8 @@ def test_the_journal_outlives_its_process_alone(tmp_path: Path) -> None:
     assert left_behind(tmp_path / "j") == []
 
 
-@pytest.mark.parametrize("decoder", ["dali", "torch"])
+@pytest.mark.parametrize("decoder", LOADERS)
 def test_the_probe_finds_bad_images_and_goes_on(decoder: str) -> None:
-    if decoder == "dali":
-        pytest.importorskip("nvidia.dali")
     with Probe(decoder) as probe:  # type: ignore[arg-type]
         for name, data in bad_images().items():
             assert probe.reason(data), name

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from loading import LOADERS
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -49,12 +50,10 @@ def run(images: Path, folder: Path, *arguments: object) -> list[dict[str, object
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("loader", ["dali", "torch"])
+@pytest.mark.parametrize("loader", LOADERS)
 def test_a_run_leaves_what_the_contract_says(
     images: Path, tmp_path: Path, loader: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if loader == "dali":
-        pytest.importorskip("nvidia.dali")
     folder = tmp_path / "run"
     lines = run(images, folder, "--train.epochs", 2, "--data.val-path", images / "val", "--data.loader", loader)
     assert [line["kind"] for line in lines] == ["eval", "train", "train", "train", "train", "eval", "end"]
@@ -123,10 +122,8 @@ def test_images_without_labels_train(images: Path, tmp_path: Path, capsys: pytes
     ]
 
 
-@pytest.mark.parametrize("loader", ["dali", "torch"])
+@pytest.mark.parametrize("loader", LOADERS)
 def test_a_run_goes_on_in_the_middle_of_an_epoch_bit_for_bit(images: Path, tmp_path: Path, loader: str) -> None:
-    if loader == "dali":
-        pytest.importorskip("nvidia.dali")
     options = ("--train.epochs", 2, "--data.loader", loader)
     straight = run(images, tmp_path / "straight", *options)
     run(images, tmp_path / "parts", *options, "--train.max-steps", 3)
