@@ -21,7 +21,8 @@ import torch
 from reco_fast import cli, run_folder
 from reco_fast.config import Config, ConfigError
 from reco_fast.data import open_data
-from reco_fast.evaluate import labelled_features, linear_probe, load_run
+from reco_fast.evaluate import load_run
+from reco_fast.features import labelled_features, linear_probe
 from reco_fast.json_files import parse_json, read_text, write_text
 from reco_fast.state import pick_device
 from reco_fast.train import preset_and_rest, train

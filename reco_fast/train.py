@@ -21,7 +21,7 @@ from reco_fast import checkpoint, checks, cli, distributed, quarantine, run_fold
 from reco_fast.config import Config, ConfigError
 from reco_fast.data import LabelledData, open_data, open_training_loader, recipe
 from reco_fast.diagnostics import SETTLED_STEPS, SPREAD_ROWS, Watch, chance_levels, spread
-from reco_fast.evaluate import features_of, knn_top1, labelled_features
+from reco_fast.features import features_of, knn_top1, labelled_features
 from reco_fast.metrics import Meter, RunLog
 from reco_fast.pipelines.augmentations import Recipe
 from reco_fast.pipelines.image_source import ImageSource

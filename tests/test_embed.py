@@ -17,7 +17,8 @@ from PIL import Image
 
 from reco_fast import embed, embed_files, train
 from reco_fast.config import ConfigError
-from reco_fast.evaluate import extract_features, load_run
+from reco_fast.evaluate import load_run
+from reco_fast.features import extract_features
 from reco_fast.pipelines.sources import open_source
 
 BATCH = 8

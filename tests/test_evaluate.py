@@ -18,7 +18,8 @@ from torch import nn
 from reco_fast import classifiers, evaluate, evaluate_pictures, train
 from reco_fast.config import ConfigError, DataConfig
 from reco_fast.data import open_labelled
-from reco_fast.evaluate import Extracted, Features, extract_features, knn_top1, linear_probe
+from reco_fast.evaluate import Extracted
+from reco_fast.features import Features, extract_features, knn_top1, linear_probe
 from reco_fast.pipelines.sources import open_source
 
 
