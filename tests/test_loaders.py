@@ -18,6 +18,7 @@ import torch
 from loading import HAS_DALI, both_loaders, levels, needs_dali, take, tiny, training
 from odd_images import encode, picture
 
+from reco_fast.data import available_cores
 from reco_fast.pipelines.augmentations import Recipe, ViewRecipe, evaluation_recipe, reco_recipe
 from reco_fast.pipelines.images import to_ppm
 from reco_fast.pipelines.loader import Batch, ImageReader, open_loader
@@ -85,7 +86,7 @@ def test_whole_views_agree(photographs: Path, cifar: Path, size: int, tolerance:
 @needs_dali
 def test_contrast_by_arithmetic_as_on_a_gpu_equals_the_operator() -> None:
     """The GPU's branch, run on the CPU."""
-    from reco_fast.pipelines import dali
+    from reco_fast.pipelines import dali_graph as dali
 
     generator = np.random.default_rng(0)
     images = generator.integers(0, 256, (16, 30, 40, 3), dtype=np.uint8)
@@ -228,7 +229,7 @@ def test_the_graph_for_a_gpu_is_accepted_decodes_once_and_reserves_what_the_imag
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     """DALI checks operators, arguments and their types as a graph is defined; only to build it takes a GPU."""
-    from reco_fast.pipelines import dali
+    from reco_fast.pipelines import dali_graph as dali
 
     given: dict[str, list[dict[str, Any]]] = {"image": [], "crop_mirror_normalize": []}
 
@@ -238,7 +239,7 @@ def test_the_graph_for_a_gpu_is_accepted_decodes_once_and_reserves_what_the_imag
     for place, name in ((dali.fn.decoders, "image"), (dali.fn, "crop_mirror_normalize")):
         monkeypatch.setattr(place, name, recorded(name, getattr(place, name)))
     settings = {"batch_size": 2, "num_threads": 1, "device_id": 0, "exec_dynamic": True}
-    dali._graph(lambda: [], reco_recipe(224), True, dtype, (375, 500), **settings)
+    dali.graph(lambda: [], reco_recipe(224), True, dtype, (375, 500), **settings)
     (decoder,) = given["image"]
     assert decoder["device"] == "mixed"
     assert (decoder["preallocate_height_hint"], decoder["preallocate_width_hint"]) == (375, 500)
@@ -337,12 +338,13 @@ def _others() -> tuple[set[str], set[int]]:
 def test_a_process_ends_quietly(kind: str, end: str, cifar: Path) -> None:
     script = f"""
 import os, signal, sys
+from reco_fast.data import available_cores
 from reco_fast.pipelines.augmentations import reco_recipe
 from reco_fast.pipelines.loader import open_loader
 from reco_fast.pipelines.order import TrainingOrder
 from reco_fast.pipelines.sources import open_source
 source = open_source(sys.argv[1])
-loader = open_loader({kind!r}, source, reco_recipe(32), TrainingOrder(len(source), 16), device="cpu", seed=0, workers=2)
+loader = open_loader({kind!r}, source, reco_recipe(32), TrainingOrder(len(source), 16), device="cpu", seed=0, workers={min(2, available_cores())})
 next(loader)
 if {end!r} == "forget":
     sys.exit()
