@@ -20,10 +20,11 @@ from odd_images import encode, picture
 
 from reco_fast.data import available_cores
 from reco_fast.pipelines.augmentations import Recipe, ViewRecipe, evaluation_recipe, reco_recipe
+from reco_fast.pipelines.image_source import DataError
 from reco_fast.pipelines.images import to_ppm
 from reco_fast.pipelines.loader import Batch, ImageReader, open_loader
 from reco_fast.pipelines.order import EvaluationOrder, TrainingOrder
-from reco_fast.pipelines.sources import DataError, open_source
+from reco_fast.pipelines.sources import open_source
 from reco_fast.pipelines.torch_loader import OneAhead
 
 # What the two loaders make of the same parameters
@@ -344,7 +345,8 @@ from reco_fast.pipelines.loader import open_loader
 from reco_fast.pipelines.order import TrainingOrder
 from reco_fast.pipelines.sources import open_source
 source = open_source(sys.argv[1])
-loader = open_loader({kind!r}, source, reco_recipe(32), TrainingOrder(len(source), 16), device="cpu", seed=0, workers={min(2, available_cores())})
+order, workers = TrainingOrder(len(source), 16), {min(2, available_cores())}
+loader = open_loader({kind!r}, source, reco_recipe(32), order, device="cpu", seed=0, workers=workers)
 next(loader)
 if {end!r} == "forget":
     sys.exit()
