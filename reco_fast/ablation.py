@@ -65,6 +65,11 @@ class AblationOptions:
         if not self.seeds:
             raise ConfigError("--ablation.seeds: expected at least one number, got nothing")
 
+    def rates(self, lr: float) -> dict[str, float]:
+        """Each method's, where `lr` is that of the relations."""
+        own = {} if self.moco_lr is None else {"moco": self.moco_lr}
+        return {method: own.get(method, lr) for method in self.methods}
+
 
 @dataclass(frozen=True)
 class AblationConfig(Config):
@@ -119,9 +124,7 @@ def ablate(preset: str, command: AblationConfig) -> int:
         raise ConfigError("--data.val-path: expected labelled images to compare with, got nothing")
     folder = options.dir
     folder.mkdir(parents=True, exist_ok=True)
-    rates = dict.fromkeys(options.methods, base.optim.lr)
-    if options.moco_lr is not None:
-        rates["moco"] = options.moco_lr
+    rates = options.rates(base.optim.lr)
     results = read_results(folder / "ablation.jsonl")
     for budget in ("epochs", "seconds") if options.same_seconds else ("epochs",):
         for seed in options.seeds:  # seed by seed, so that a stopped ablation has whole comparisons

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from reco_fast import ablation
-from reco_fast.ablation import METHODS, Variant, table, variants
+from reco_fast.ablation import METHODS, AblationOptions, Variant, table, variants
 from reco_fast.config import ConfigError
 
 SMALL = (
@@ -98,6 +98,12 @@ def test_a_foreign_file_is_refused(images: Path, tmp_path: Path) -> None:
         (tmp_path / "ablation.jsonl").write_text(text + "\n")
         with pytest.raises(ConfigError, match=r"ablation\.jsonl: expected a JSON object a line"):
             ablate(images, tmp_path)
+
+
+def test_moco_has_its_own_rate_and_runs_only_if_asked_for() -> None:
+    assert AblationOptions(methods=("moco", "both"), moco_lr=0.2).rates(0.1) == {"moco": 0.2, "both": 0.1}
+    assert AblationOptions(methods=("global", "both"), moco_lr=0.2).rates(0.1) == {"global": 0.1, "both": 0.1}
+    assert AblationOptions(methods=("moco",)).rates(0.1) == {"moco": 0.1}
 
 
 def test_the_budget_of_seconds_gives_faster_methods_more_epochs() -> None:
