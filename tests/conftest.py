@@ -1,9 +1,12 @@
 """Shared fixtures, and `pytest --benchmark`: plain `pytest` runs every check without timing."""
 
+import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from small_runs import PROFILED_STEPS, SMALL
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -45,3 +48,43 @@ def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 assert content is not None
                 (folder / label / name).write_bytes(content.read())
     return folder
+
+
+@pytest.fixture(scope="session")
+def profiled(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a short run that was profiled. To write into it, copy it."""
+    from reco_fast import train  # which tests of the kernels alone do not wait for
+
+    run = tmp_path_factory.mktemp("profiled") / "run"
+    options = ["--data.path", str(photographs), "--run.dir", str(run), "--train.epochs", "2", "--run.log-every", "2"]
+    profile = f"--profile.enabled --profile.wait 1 --profile.warmup 1 --profile.active {PROFILED_STEPS}".split()
+    assert train.train(*train.parse(["cifar10", *SMALL, *options, *profile])) == 0
+    return run
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Calls a command's `main` with the arguments that follow; its exit status."""
+
+    def called(main: Callable[[], object], *arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return int(stop.value.code or 0)
+
+    return called
+
+
+@pytest.fixture
+def refused(call: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Likewise, of what is a mistake: exit status 2 and one line on stderr, which it returns."""
+
+    def refusal(main: Callable[[], object], *arguments: object) -> str:
+        capsys.readouterr()
+        assert call(main, *arguments) == 2
+        shown = capsys.readouterr().err
+        assert shown.startswith("error: ")
+        assert shown.count("\n") == 1
+        return shown
+
+    return refusal

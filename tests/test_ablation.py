@@ -5,37 +5,32 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
+from small_runs import SMALL, write_classes
 
 from reco_fast import ablation
 from reco_fast.ablation import METHODS, AblationOptions, Variant, table, variants
 from reco_fast.config import ConfigError
 
-SMALL = (
-    "--model.arch timm/test_resnet --model.stem standard --model.bank-size 32 --model.projection-dim 16 "
-    "--model.key-norm batch --loss.ramp 0 --train.batch-size 16 --train.device cpu --train.epochs 1"
-).split()
-
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 20), ("val", 4)):
-        for number, name in enumerate(("dark", "light")):
-            (root / split / name).mkdir(parents=True)
-            for index in range(count):
-                pixels = rng.integers(128 * number, 128 * number + 128, size=(32, 32, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{index}.jpg")
+    write_classes(root / "train", 20)
+    write_classes(root / "val", 4, seed=1)
     return root
 
 
 def ablate(images: Path, folder: Path, *arguments: object) -> list[dict[str, Any]]:
     data = ["--data.path", images / "train", "--data.val-path", images / "val", "--ablation.dir", folder]
-    preset, command = ablation.parse([str(part) for part in ["cifar10", *data, *SMALL, *arguments]])
+    preset, command = ablation.parse(
+        [str(part) for part in ["cifar10", *data, *SMALL, "--train.epochs", 1, *arguments]]
+    )
     assert ablation.ablate(preset, command) == 0
+    return results(folder)
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "ablation.jsonl").read_text().splitlines()]
 
 
@@ -47,10 +42,6 @@ def done(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("done")
     ablate(images, folder, *FLAGS, "--ablation.moco-lr", 0.06)
     return folder
-
-
-def results(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "ablation.jsonl").read_text().splitlines()]
 
 
 def test_each_method_is_trained_and_reported(done: Path) -> None:

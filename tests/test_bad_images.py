@@ -10,11 +10,13 @@ import pytest
 import torch
 from loading import HAS_DALI, both_loaders, levels, needs_dali, take, tiny, training
 from odd_images import bad_images, deceiving_images, encode, odd_images, picture
+from small_runs import write_pictures
 
 from reco_fast.pipelines.augmentations import Recipe, ViewRecipe, reco_recipe
+from reco_fast.pipelines.image_source import DataError, ImageSource
 from reco_fast.pipelines.images import to_plain
 from reco_fast.pipelines.order import TrainingOrder
-from reco_fast.pipelines.sources import DataError, ImageSource, open_source
+from reco_fast.pipelines.sources import open_source
 
 
 @needs_dali
@@ -65,8 +67,7 @@ def test_bad_images_are_replaced_and_named(kind: str, batch_size: int, tmp_path:
 
 @both_loaders
 def test_a_bad_image_can_end_the_run(kind: str, tmp_path: Path) -> None:
-    for number in range(20):
-        (tmp_path / f"{number:02d}.jpg").write_bytes(encode(picture(), "JPEG"))
+    write_pictures(tmp_path, 20)
     (tmp_path / "13.jpg").write_bytes(b"<html>")
     loader = training(kind, open_source(tmp_path), tiny(), 20, on_bad_image="raise")
     with loader, pytest.raises(DataError, match=r"^13\.jpg: not an image: it starts with b'<html>'$"):
@@ -86,8 +87,7 @@ def test_a_folder_without_any_good_image(kind: str, tmp_path: Path) -> None:
 
 @both_loaders
 def test_a_file_that_vanishes_is_named(kind: str, tmp_path: Path) -> None:
-    for number in range(20):
-        (tmp_path / f"{number:02d}.jpg").write_bytes(encode(picture(), "JPEG"))
+    write_pictures(tmp_path, 20)
     source = open_source(tmp_path)
     (tmp_path / "07.jpg").unlink()
     with training(kind, source, tiny(), 20) as loader:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from small_runs import SMALL, metrics, write_classes
 
 from reco_fast import reco_loss, train
 from reco_fast.config import Config, LossConfig, ModelConfig, TrainConfig
@@ -156,11 +156,7 @@ def test_a_recorded_healthy_run_gives_no_warning(seed: int) -> None:
     assert count > 20
 
 
-SMALL = (
-    "--model.arch timm/test_resnet --model.stem standard --model.bank-size 32 --model.projection-dim 16 "
-    "--model.key-norm batch --loss.ramp 0 --train.batch-size 16 --train.device cpu --run.log-every 2 "
-    "--optim.warmup-epochs 0 --data.loader torch"
-).split()
+FLAGS = [*SMALL, *"--run.log-every 2 --optim.warmup-epochs 0 --data.loader torch".split()]
 
 
 @pytest.mark.parametrize(
@@ -180,16 +176,12 @@ SMALL = (
 def test_a_run_that_goes_wrong_says_so(
     cause: str, options: str, advice: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rng = np.random.default_rng(0)
-    (tmp_path / "images").mkdir()
-    for index in range(56):
-        pixels = rng.integers(128 * (index % 2), 128 * (index % 2) + 128, size=(40, 36, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "images" / f"{index}.jpg")
+    write_classes(tmp_path / "images", 28)
     arguments = ["--data.path", str(tmp_path / "images"), "--run.dir", str(tmp_path / "run")]
-    assert train.train(*train.parse(["cifar10", *SMALL, *arguments, *options.split()])) == 0
+    assert train.train(*train.parse(["cifar10", *FLAGS, *arguments, *options.split()])) == 0
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == len(set(warnings))
     assert sum(advice in line for line in warnings) == 1, warnings
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(tmp_path / "run")
     assert cause in lines[-3]["warnings"]
     assert lines[-2]["backbone_rank"] >= 1

@@ -3,17 +3,15 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from odd_images import encode, picture
+from launchers import ENVIRONMENT, torchrun, torchrun_line
+from small_runs import SMALL, write_pictures
 
-TRAIN = (
-    "-m reco_fast.train cifar10 --model.arch timm/test_resnet --model.stem standard --model.bank-size 32 "
-    "--model.projection-dim 16 --model.key-norm batch --train.batch-size 16 --train.device cpu --run.log-every 100000 "
-    "--train.epochs 100000 --run.checkpoint-steps 5 --data.loader torch --data.workers 1"
+LONG = (
+    "--run.log-every 100000 --train.epochs 100000 --run.checkpoint-steps 5 --data.loader torch --data.workers 1"
 ).split()
 AGREE = """
 import torch
@@ -30,14 +28,7 @@ with distributed.process_group(torch.device("cpu")):
 
 def test_ranks_hear_of_a_flag_one_step_later_and_forget_together(tmp_path: Path) -> None:
     (tmp_path / "agree.py").write_text(AGREE)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launcher, str(tmp_path / "agree.py")],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
+    done = torchrun(tmp_path / "agree.py")
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -46,8 +37,7 @@ def test_a_mistake_is_the_first_and_the_last_thing_that_torchrun_shows(tmp_path:
         "from reco_fast import cli\nfrom reco_fast.config import ConfigError\n"
         "def main(): raise ConfigError('--data.path: expected \\x1b[31mred')\ncli.run(main)"
     )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launcher, str(tmp_path / "wrong.py")], capture_output=True, text=True, check=False)
+    done = torchrun(tmp_path / "wrong.py")
     line = "error: --data.path: expected \\x1b[31mred"
     assert done.stderr.splitlines().count(line) == 1  # of rank 0 alone
     summary = done.stderr.rpartition("Root Cause")[2]
@@ -57,15 +47,11 @@ def test_a_mistake_is_the_first_and_the_last_thing_that_torchrun_shows(tmp_path:
 
 @pytest.mark.parametrize("to", ["one rank", "launcher"])
 def test_sigterm_stops_all_ranks_within_steps_and_saves(to: str, tmp_path: Path) -> None:
-    (tmp_path / "images").mkdir()
-    for number in range(64):
-        (tmp_path / "images" / f"{number}.jpg").write_bytes(encode(picture(seed=number), "JPEG"))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    line = [*launcher, *TRAIN, "--data.path", str(tmp_path / "images"), "--run.dir", str(tmp_path / "run")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    data = ["--data.path", write_pictures(tmp_path / "images", 64), "--run.dir", tmp_path / "run"]
+    line = torchrun_line("-m", "reco_fast.train", "cifar10", *data, *SMALL, *LONG)
     with (
         open(tmp_path / "log", "wb") as log,
-        subprocess.Popen(line, stdout=log, stderr=log, env=environment) as running,
+        subprocess.Popen(line, stdout=log, stderr=log, env=ENVIRONMENT) as running,
     ):
         while not (found := list((tmp_path / "run" / "checkpoints").glob("*.safetensors"))):
             time.sleep(0.05)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from loading import LOADERS, needs_dali
 from odd_images import bad_images
 from PIL import Image
+from small_runs import SMALL, write_classes
 
 from reco_fast import embed, embed_files, train
 from reco_fast.config import ConfigError
@@ -27,25 +29,14 @@ BATCH = 8
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """20 images in each of two classes."""
-    root = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for number, name in enumerate(("dark", "light")):
-        (root / name).mkdir()
-        for index in range(20):
-            pixels = rng.integers(128 * number, 128 * number + 128, size=(40, 36, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{index}.png")
-    return root
+    return write_classes(tmp_path_factory.mktemp("images"), 20, suffix=".png")
 
 
 @pytest.fixture(scope="module")
 def run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
-    options = (
-        "--model.arch timm/test_resnet --model.stem standard --model.bank-size 16 --model.projection-dim 8 "
-        "--model.key-norm batch --train.batch-size 16 --train.max-steps 1 --train.device cpu --train.precision fp32 "
-        "--data.loader torch --data.workers 1"
-    ).split()
-    arguments = ["cifar10", "--data.path", str(images), "--run.dir", str(folder), *options]
+    options = "--train.max-steps 1 --train.precision fp32 --data.loader torch --data.workers 1".split()
+    arguments = ["cifar10", "--data.path", str(images), "--run.dir", str(folder), *SMALL, *options]
     assert train.train(*train.parse(arguments)) == 0
     return folder
 
@@ -281,21 +272,14 @@ def test_mistakes_are_one_line_and_leave_nothing(
     run: Path,
     images: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    refused: Callable[..., str],
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.jpg").write_text("hello")
     (tmp_path / "file").touch()
     before = sorted(path.name for path in tmp_path.rglob("*"))
-    monkeypatch.setattr(sys, "argv", ["embed", *arguments.format(tmp=tmp_path, images=images, run=run).split()])
-    with pytest.raises(SystemExit) as stop:
-        embed.main()
-    assert stop.value.code == 2
-    shown = capsys.readouterr()
-    assert message in shown.err
-    assert shown.err.count("\n") == 1
+    assert message in refused(embed.main, *arguments.format(tmp=tmp_path, images=images, run=run).split())
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
 
 

@@ -2,7 +2,8 @@
 
 import json
 import os
-import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import confusion_matrix, top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
+from small_runs import SMALL, write_classes
 from torch import nn
 
 from reco_fast import classifiers, evaluate, evaluate_pictures, train
@@ -169,35 +171,24 @@ def test_classes_are_matched_by_name(tmp_path: Path) -> None:
         open_labelled(train, tmp_path / "flat")
 
 
-ODD = ["$\\frac{$", "two\nlines", "漢字 кошка", "_hidden", "x" * 200, os.fsdecode(b"not utf-8 \xff"), "plain"]
+ODD = ("$\\frac{$", "two\nlines", "漢字 кошка", "_hidden", "x" * 200, os.fsdecode(b"not utf-8 \xff"), "plain")
 
 
 @pytest.fixture(scope="module")
 def odd_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with images of seven oddly named classes, `train` and `val`, and a `run` of one step on them."""
     root = tmp_path_factory.mktemp("odd")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 12), ("val", 3)):
-        for number, name in enumerate(ODD):
-            (root / split / name).mkdir(parents=True)
-            for index in range(count):
-                pixels = rng.integers(36 * number, 36 * number + 30, size=(32, 32, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{index}.png")
-    options = (
-        "--model.arch timm/test_resnet --model.stem standard --model.bank-size 32 --model.projection-dim 16 "
-        "--model.key-norm batch --train.batch-size 16 --train.device cpu --train.max-steps 1 --data.loader torch"
-    ).split()
-    data = ["--data.path", str(root / "train"), "--run.dir", str(root / "run")]
-    assert train.train(*train.parse(["cifar10", *data, *options])) == 0
+    write_classes(root / "train", 12, ODD, ".png")
+    write_classes(root / "val", 3, ODD, ".png", seed=1)
+    data = ["--data.path", str(root / "train"), "--run.dir", str(root / "run"), "--data.loader", "torch"]
+    assert train.train(*train.parse(["cifar10", *data, *SMALL, "--train.max-steps", "1"])) == 0
     return root
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    words = [*arguments, "--data.loader", "torch", "--data.workers", 1, "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, words)])
-    with pytest.raises(SystemExit) as stop:
-        evaluate.main()
-    return int(stop.value.code or 0)
+@pytest.fixture
+def measure(call: Callable[..., int]) -> Callable[..., int]:
+    """The command with the arguments given; its exit status."""
+    return partial(call, evaluate.main, *"--data.loader torch --data.workers 1 --device cpu".split())
 
 
 def picture(path: Path) -> np.ndarray:
@@ -209,11 +200,11 @@ def picture(path: Path) -> np.ndarray:
 
 
 def test_the_command_measures_and_draws(
-    odd_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    odd_run: Path, measure: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib")
     data = ["--data.path", odd_run / "train", "--data.val-path", odd_run / "val"]
-    assert command(monkeypatch, odd_run / "run", *data) == 0
+    assert measure(odd_run / "run", *data) == 0
     shown = capsys.readouterr()
     assert shown.err == ""
     assert "top-5" in shown.out
@@ -235,7 +226,11 @@ def test_the_command_measures_and_draws(
 
 
 def test_labels_of_held_out_images_change_nothing_but_the_count(
-    odd_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    odd_run: Path,
+    tmp_path: Path,
+    measure: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """With the classes of the held-out images turned round by one, all choices and predictions stay."""
     monkeypatch.setattr(evaluate_pictures, "available", lambda: False)
@@ -243,7 +238,7 @@ def test_labels_of_held_out_images_change_nothing_but_the_count(
         (tmp_path / ODD[number - 1]).symlink_to(odd_run / "val" / name, target_is_directory=True)
     results, matrices = [], []
     for val in (odd_run / "val", tmp_path):
-        assert command(monkeypatch, odd_run / "run", "--data.path", odd_run / "train", "--data.val-path", val) == 0
+        assert measure(odd_run / "run", "--data.path", odd_run / "train", "--data.val-path", val) == 0
         results.append(json.loads((odd_run / "run" / "evaluation.json").read_text()))
         matrices.append(json.loads((odd_run / "run" / "evaluation" / "confusion.json").read_text()))
     assert "pip install 'reco-fast[evaluate]'" in capsys.readouterr().out
@@ -258,12 +253,12 @@ def test_labels_of_held_out_images_change_nothing_but_the_count(
 
 
 def test_without_labels_there_are_neighbours_and_a_map(
-    odd_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    odd_run: Path, tmp_path: Path, measure: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib")
     for index, path in enumerate(sorted((odd_run / "train").rglob("*.png"))[:30]):
         (tmp_path / f"{index}.png").write_bytes(path.read_bytes())
-    assert command(monkeypatch, odd_run / "run", "--data.path", tmp_path) == 0
+    assert measure(odd_run / "run", "--data.path", tmp_path) == 0
     assert "no --data.val-path" in capsys.readouterr().out
     result = json.loads((odd_run / "run" / "evaluation.json").read_text())
     assert result["knn_top1"] is None

@@ -1,19 +1,16 @@
 """The examples run, learn, and stay short."""
 
 import math
-import os
 import re
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from launchers import torchrun
+from small_runs import write_pictures
 from torch import nn
 
 from reco_fast import ReCoLoss
@@ -30,11 +27,7 @@ def example(name: str) -> dict[str, Any]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """32 smooth pictures in one sub-folder."""
     root = tmp_path_factory.mktemp("pictures")
-    (root / "all").mkdir()
-    rng = np.random.default_rng(0)
-    for index in range(32):
-        coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-        coarse.resize((40, 40), Image.Resampling.BICUBIC).save(root / "all" / f"{index}.png")
+    write_pictures(root / "all", 32, ".png")
     return root
 
 
@@ -54,14 +47,7 @@ def test_in_batch_negatives_learn() -> None:
 
 
 def test_in_batch_negatives_on_two_ranks() -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launcher, str(EXAMPLES / "in_batch_negatives.py")],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
+    done = torchrun(EXAMPLES / "in_batch_negatives.py")
     assert done.returncode == 0, done.stderr[-3000:]
     found = re.findall(r"rank (\d): loss ([\d.]+) → ([\d.]+), sum of weights (-?\d+\.\d{6})", done.stdout)
     assert sorted(rank for rank, *_ in found) == ["0", "1"]

@@ -10,15 +10,14 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+from launchers import ENVIRONMENT
+from small_runs import SMALL, metrics, write_pictures
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "slurm.sbatch"
 OPTIONS = (
-    "--model.arch timm/test_resnet --model.stem standard --model.bank-size 32 --model.projection-dim 16 --loss.ramp 0 "
-    "--model.key-norm shuffle --train.batch-size 16 --train.device cpu --train.precision fp32 --run.log-every 2 "
-    "--data.loader torch --data.workers 1"
+    "--model.key-norm shuffle --train.precision fp32 --train.epochs 60 --run.log-every 2 --data.loader torch "
+    "--data.workers 1"
 ).split()
 TORCHRUN = """#!/bin/sh
 exec {python} -m torch.distributed.run "$@"
@@ -55,9 +54,8 @@ def slurm(tmp_path: Path) -> dict[str, str]:
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
     return {
-        **os.environ,
+        **ENVIRONMENT,
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
         "SLURM_JOB_ID": str(free_port() - 20000),
         "SLURM_JOB_NUM_NODES": "2",
         "SLURM_JOB_NODELIST": "node[1-2]",
@@ -89,11 +87,8 @@ def started(slurm: dict[str, str], folder: Path, *arguments: str) -> "subprocess
 
 
 def test_two_hosts_save_before_the_time_limit_and_go_on(slurm: dict[str, str], tmp_path: Path) -> None:
-    (tmp_path / "images").mkdir()
-    rng = np.random.default_rng(0)
-    for index in range(32):
-        Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(tmp_path / "images" / f"{index}.png")
-    command = ["cifar10", "--data.path", "images", "--run.dir", "run", "--train.epochs", "60", *OPTIONS]
+    write_pictures(tmp_path / "images", 32)
+    command = ["cifar10", "--data.path", "images", "--run.dir", "run", *SMALL, *OPTIONS]
 
     first = started(slurm, tmp_path, *command)
     try:
@@ -118,7 +113,7 @@ def test_two_hosts_save_before_the_time_limit_and_go_on(slurm: dict[str, str], t
     assert second.returncode == 0, output[-3000:]
     assert (tmp_path / "statuses").read_text() == "0\n0\n"
     assert (tmp_path / "requests").read_text().count("requeue") == 1
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(2, 121, 2))
     assert lines[-1]["kind"] == "end"
     assert lines[-1]["steps"] == 120

@@ -2,7 +2,7 @@
 
 import json
 import re
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import safetensors.torch
 import timm
 import torch
 import torchvision
-from PIL import Image
+from small_runs import write_pictures
 from torch import Tensor, nn
 
 from reco_fast import embed, export, train
@@ -25,11 +25,7 @@ TOLERANCE = {"rtol": 0, "atol": 1e-5}
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for index in range(16):
-        Image.fromarray(rng.integers(0, 256, size=(40, 36, 3), dtype=np.uint8)).save(root / f"{index}.png")
-    return root
+    return write_pictures(tmp_path_factory.mktemp("images"), 16, ".png")
 
 
 def trained(images: Path, folder: Path, *model: str) -> Path:
@@ -181,10 +177,10 @@ def test_the_code_of_a_card_gives_the_run_its_features(
     assert embed.embed(command) == 0
     arrays = np.load(tmp_path / "f.npz")
     monkeypatch.chdir(path.parent)
-    (path.parent / "photo.jpg").write_bytes((images / "7.png").read_bytes())
+    (path.parent / "photo.jpg").write_bytes((images / "07.png").read_bytes())
     names: dict[str, object] = {}
     exec(code, names)
-    ours = arrays["features"][arrays["paths"].tolist().index("7.png")]
+    ours = arrays["features"][arrays["paths"].tolist().index("07.png")]
     np.testing.assert_allclose(np.asarray(names["features"])[0], ours, rtol=0, atol=1e-4)
 
 
@@ -235,8 +231,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
     message: str,
     request: pytest.FixtureRequest,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    refused: Callable[..., str],
 ) -> None:
     if run in ("empty", "damaged"):
         source = request.getfixturevalue("standard")
@@ -253,13 +248,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
     (tmp_path / "folder.pth").mkdir()
     (tmp_path / "file").touch()
     before = sorted(path.name for path in tmp_path.rglob("*"))
-    monkeypatch.setattr(sys, "argv", ["export", str(folder), *arguments.format(tmp=tmp_path).split()])
-    with pytest.raises(SystemExit) as stop:
-        export.main()
-    assert stop.value.code == 2
-    shown = capsys.readouterr()
-    assert message in shown.err
-    assert shown.err.count("\n") == 1
+    assert message in refused(export.main, folder, *arguments.format(tmp=tmp_path).split())
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
 
 
@@ -273,13 +262,10 @@ def test_without_the_onnx_packages_it_says_what_to_install(
 
 
 def test_the_command_line(
-    timm_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    timm_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], call: Callable[..., int]
 ) -> None:
     output = tmp_path / "a.onnx.safetensors"
-    monkeypatch.setattr(sys, "argv", ["export", str(timm_run), "--format", "safetensors", "--output", str(output)])
-    with pytest.raises(SystemExit) as stop:
-        export.main()
-    assert stop.value.code == 0
+    assert call(export.main, timm_run, "--format", "safetensors", "--output", output) == 0
     shown = capsys.readouterr()
     assert shown.out.count("\n") == 1
     assert str(output) in shown.out

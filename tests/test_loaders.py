@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from loading import HAS_DALI, both_loaders, levels, needs_dali, take, tiny, training
-from odd_images import encode, picture
+from small_runs import write_pictures
 
 from reco_fast.data import available_cores
 from reco_fast.pipelines.augmentations import Recipe, ViewRecipe, evaluation_recipe, reco_recipe
@@ -204,9 +204,7 @@ def test_tar_shards_are_read(kind: str, tmp_path: Path, cifar: Path) -> None:
 
 
 def test_a_small_source_is_read_once(tmp_path: Path) -> None:
-    for number in range(4):
-        (tmp_path / f"{number}.jpg").write_bytes(encode(picture(), "JPEG"))
-    source = open_source(tmp_path)
+    source = open_source(write_pictures(tmp_path, 4))
     reads: list[int] = []
     read = source.read
     source.read = lambda index: reads.append(index) or read(index)  # type: ignore[method-assign,func-returns-value]

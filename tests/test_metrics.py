@@ -1,11 +1,11 @@
 """What a run reports."""
 
-import json
 import os
 import time
 from pathlib import Path
 
 import pytest
+from small_runs import metrics
 
 from reco_fast.diagnostics import Finding, Spread
 from reco_fast.metrics import Meter, RunLog
@@ -24,7 +24,7 @@ def test_log_drops_what_came_after_the_checkpoint(tmp_path: Path, capsys: pytest
     with RunLog(tmp_path, total_steps=40, first_step=20) as log:
         log.train({"step": 30, "epoch": 3.0} | values)
         log.bad_images(["a b.jpg\tno JPEG", "b.jpg\tempty"])
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(tmp_path)
     assert [(line["kind"], line["step"]) for line in lines] == [
         ("eval", 0),
         ("train", 10),

@@ -1,6 +1,5 @@
 """An image that ends the decoder's process: named, left out, and the run goes on. And the manifest."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 from loading import HAS_DALI, LOADERS, needs_dali
 from odd_images import bad_images, encode, picture
+from small_runs import SMALL, metrics, write_pictures
 
 from reco_fast import check_images, quarantine
 from reco_fast.config import ConfigError
@@ -67,23 +67,17 @@ def patch_pillow(module):
 
 sys.meta_path.insert(0, Hook())
 """
-TRAIN = (
-    "-m reco_fast.train cifar10 --model.arch timm/test_resnet --model.stem standard --model.bank-size 32 "
-    "--model.projection-dim 16 --model.key-norm batch --train.batch-size 16 --train.device cpu --run.log-every 1 "
-    "--train.epochs 3 --run.checkpoint-steps 1"
-).split()
+OPTIONS = "--run.log-every 1 --train.epochs 3 --run.checkpoint-steps 1 --data.workers 1".split()
 
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     """40 images, of which number 13 is deadly and number 12 is bad, so that 13 stands in for it."""
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for number in range(40):
-        data = encode(picture(seed=number), "JPEG")
-        if number == 13:
-            data = data[:2] + b"\xff\xfe\x00\x0cthis kills" + data[2:]
-        (folder / f"{number:02d}.jpg").write_bytes(b"text" if number == 12 else data)
+    folder = write_pictures(tmp_path / "images", 40)
+    deadly = folder / "13.jpg"
+    data = deadly.read_bytes()
+    deadly.write_bytes(data[:2] + b"\xff\xfe\x00\x0cthis kills" + data[2:])
+    (folder / "12.jpg").write_bytes(b"text")
     return folder
 
 
@@ -106,16 +100,11 @@ def test_what_killed_a_process_is_named_and_left_out(
     loader: str, images: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
     """As `torchrun --max-restarts` does: the same command again, until it ends."""
-    options = ["--data.path", str(images), "--data.loader", loader, "--run.dir", str(tmp_path / "run")]
+    data = ["--data.path", str(images), "--data.loader", loader, "--run.dir", str(tmp_path / "run")]
+    line = [sys.executable, "-m", "reco_fast.train", "cifar10", *data, *SMALL, *OPTIONS]
     codes, shown = [], ""
     while not codes or (codes[-1] != 0 and len(codes) < 4):
-        done = subprocess.run(
-            [sys.executable, *TRAIN, *options, "--data.workers", "1"],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
         codes.append(done.returncode)
         shown += done.stdout + done.stderr
     assert codes[-1] == 0, shown
@@ -127,7 +116,7 @@ def test_what_killed_a_process_is_named_and_left_out(
         "13.jpg": "the decoder dies of it (SIGSEGV)",
     }
     assert not list((tmp_path / "run" / "decoding").rglob("*/*/*"))
-    end = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    end = metrics(tmp_path / "run")[-1]
     assert (end["kind"], end["epochs"]) == ("end", 3.2)
 
 
@@ -166,11 +155,9 @@ def test_the_probe_finds_bad_images_and_goes_on(decoder: str) -> None:
 def test_a_manifest_is_made_once_and_believed_while_files_stay(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for number in range(6):
-        (tmp_path / "d" / "deep").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "d" / "deep" / f"{number}.jpg").write_bytes(encode(picture(seed=number), "JPEG"))
+    write_pictures(tmp_path / "d" / "deep", 6)
     (tmp_path / "d" / "a\x1b[31m.jpg").write_bytes(b"text")
-    (tmp_path / "d" / "deep" / "3.jpg").write_bytes(b"")
+    (tmp_path / "d" / "deep" / "03.jpg").write_bytes(b"")
     command = check_images.CheckCommand(tmp_path / "d", tmp_path / "m.jsonl", loader="torch", workers=1)
     assert check_images.check(command) == 0
     shown = capsys.readouterr().out
@@ -180,9 +167,9 @@ def test_a_manifest_is_made_once_and_believed_while_files_stay(
     bad = quarantine.read_manifest(tmp_path / "m.jsonl", source)
     assert {source.names[i]: reason for i, reason in bad.items()} == {
         "a\x1b[31m.jpg": "not an image: it starts with b'text'",
-        "deep/3.jpg": "the file is empty",
+        "deep/03.jpg": "the file is empty",
     }
-    (tmp_path / "d" / "deep" / "3.jpg").write_bytes(encode(picture(), "JPEG"))
+    (tmp_path / "d" / "deep" / "03.jpg").write_bytes(encode(picture(), "JPEG"))
     assert [source.names[i] for i in quarantine.read_manifest(tmp_path / "m.jsonl", source)] == ["a\x1b[31m.jpg"]
     check_images.check(command)
     shown = capsys.readouterr().out

@@ -2,9 +2,6 @@
 
 import dataclasses
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from dispatch import WAITS, Recorder
+from launchers import torchrun
 from torch.nn.parallel import DistributedDataParallel
 
 from reco_fast import train
@@ -378,14 +376,7 @@ def test_one_rank_and_two_agree_over_20_steps(tmp_path: Path) -> None:
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     for ranks in (1, 2):
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        run = subprocess.run(
-            [*launcher, str(script), str(tmp_path)],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            check=False,
-        )
+        run = torchrun(script, tmp_path, ranks=ranks)
         assert run.returncode == 0, run.stderr[-3000:]
     one, first, second = (load_file(tmp_path / f"{name}.safetensors") for name in ("1-0", "2-0", "2-1"))
     for name, value in one.items():

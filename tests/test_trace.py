@@ -19,6 +19,7 @@ from urllib.parse import urlencode
 
 import pytest
 import torch
+from small_runs import PROFILED_STEPS, SMALL, metrics
 
 from reco_fast import train
 from reco_fast.config import Config, ModelConfig, TrainConfig
@@ -29,31 +30,17 @@ from reco_fast.step import train_step
 
 T = TypeVar("T")
 THROUGHPUT = ("images_per_second", "data_wait_fraction", "step_ms_p50", "step_ms_p95", "model_flops_utilisation")
-ACTIVE = 3
 CPU = torch.device("cpu")
 PROFILER = "data/plugin/pytorch_profiler"
-TINY = (
-    "cifar10 --model.arch timm/test_resnet --model.bank-size 32 --train.batch-size 16 --train.device cpu "
-    "--train.epochs 2 --run.log-every 2"
-).split()
-
-
-@pytest.fixture(scope="module")
-def profiled(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a short profiled run."""
-    run = tmp_path_factory.mktemp("profiled") / "run"
-    profile = f"--profile.enabled --profile.wait 1 --profile.warmup 1 --profile.active {ACTIVE}".split()
-    assert train.train(*train.parse([*TINY, *profile, "--data.path", str(photographs), "--run.dir", str(run)])) == 0
-    return run
 
 
 def test_the_trace_has_every_named_range_of_every_recorded_step(profiled: Path) -> None:
     (path,) = (profiled / "tensorboard").glob("*.pt.trace.json")
     events = [event for event in json.loads(path.read_text())["traceEvents"] if event.get("cat") == "user_annotation"]
     counted = Counter(event["name"] for event in events)
-    assert {name: counted[name] for name in REGIONS} == dict.fromkeys(REGIONS, ACTIVE)
+    assert {name: counted[name] for name in REGIONS} == dict.fromkeys(REGIONS, PROFILED_STEPS)
     steps = [event for event in events if event["name"].startswith("ProfilerStep#")]
-    assert len(steps) == ACTIVE
+    assert len(steps) == PROFILED_STEPS
     for step in steps:
         within = [event for event in events if event["name"] in REGIONS and 0 <= event["ts"] - step["ts"] < step["dur"]]
         assert [event["name"] for event in sorted(within, key=lambda event: event["ts"])] == list(REGIONS)
@@ -69,8 +56,7 @@ def test_the_trace_has_allocations_and_shapes(profiled: Path) -> None:
 
 
 def test_the_log_has_step_times_and_utilisation(profiled: Path) -> None:
-    lines = [json.loads(line) for line in (profiled / "metrics.jsonl").read_text().splitlines()]
-    logged = [line for line in lines if line["kind"] == "train"]
+    logged = [line for line in metrics(profiled) if line["kind"] == "train"]
     for line in logged:
         assert 0 < line["step_ms_p50"] <= line["step_ms_p95"]
         assert 0 < line["model_flops_utilisation"] < 1
@@ -225,7 +211,7 @@ def test_scalars_are_in_the_browser_while_the_run_trains(
     def look_and_step(state: TrainState, *rest: Any) -> torch.Tensor:
         """The step, but before some: what TensorBoard's page says about the loss."""
         if state.step in (4, 6):
-            logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
+            logged = metrics(run)[-1]
             assert logged["step"] == state.step
 
             def shown() -> bool:
@@ -243,7 +229,8 @@ def test_scalars_are_in_the_browser_while_the_run_trains(
     with tensorboard(tmp_path) as address:
         wait_for(lambda: fetch(address, "data/runs") == [], "TensorBoard")
         browser.get(f"{address}/?tagFilter=train%2Floss%24#timeseries")  # one card: value and step of the last point
-        assert train.train(*train.parse([*TINY, "--data.path", str(photographs), "--run.dir", str(run)])) == 0
+        options = f"--data.path {photographs} --run.dir {run} --train.epochs 2 --run.log-every 2".split()
+        assert train.train(*train.parse(["cifar10", *SMALL, *options])) == 0
     assert seen == [4, 6]
 
 

@@ -7,35 +7,28 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from launchers import torchrun
 from loading import LOADERS
-from PIL import Image
 from safetensors.torch import load_file
+from small_runs import SMALL, metrics, write_classes
 
 from reco_fast import cli, evaluate, train
 from reco_fast.config import ConfigError
 
-SMALL = (
-    "--model.arch timm/test_resnet --model.stem standard --model.bank-size 32 --model.projection-dim 16 "
-    "--model.key-norm batch --loss.ramp 0 --train.batch-size 16 --train.device cpu --run.log-every 2"
-).split()
+FLAGS = [*SMALL, "--run.log-every", "2"]
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """56 labelled JPEGs to train on and 16 held out, two classes by colour."""
     root = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 28), ("val", 8)):
-        for number, name in enumerate(("dark", "light")):
-            (root / split / name).mkdir(parents=True)
-            for index in range(count):
-                pixels = rng.integers(128 * number, 128 * number + 128, size=(40, 36, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{index}.jpg")
+    write_classes(root / "train", 28)
+    write_classes(root / "val", 8, seed=1)
     return root
 
 
@@ -46,8 +39,8 @@ def command(*arguments: object) -> tuple[str, object]:
 def run(images: Path, folder: Path, *arguments: object) -> list[dict[str, object]]:
     """Train in this process and return the lines of metrics.jsonl."""
     data = ["--data.path", images / "train", "--run.dir", folder]
-    assert train.train(*command("cifar10", *data, *SMALL, *arguments)) == 0
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert train.train(*command("cifar10", *data, *FLAGS, *arguments)) == 0
+    return metrics(folder)
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -80,22 +73,19 @@ def test_a_run_leaves_what_the_contract_says(
 
 
 def test_evaluate_reads_a_run_and_writes_beside_it(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    images: Path,
+    tmp_path: Path,
+    call: Callable[..., int],
+    refused: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run(images, tmp_path / "run", "--train.max-steps", 1)
-    arguments = ["evaluate", tmp_path / "run", "--data.path", images / "train", "--data.val-path", images / "val"]
-    monkeypatch.setattr(sys, "argv", [str(part) for part in arguments])
-    with pytest.raises(SystemExit) as stop:
-        evaluate.main()
-    assert stop.value.code == 0
+    data = ["--data.path", images / "train", "--data.val-path", images / "val"]
+    assert call(evaluate.main, tmp_path / "run", *data) == 0
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert result["knn_top1"] == result["linear_top1"] == 100  # dark against light
     assert "kNN top-1 100.00 %" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["evaluate", str(tmp_path / "nothing")])
-    with pytest.raises(SystemExit) as stop:
-        evaluate.main()
-    assert stop.value.code == 2
-    assert "config.json" in capsys.readouterr().err
+    assert "config.json" in refused(evaluate.main, tmp_path / "nothing")
 
 
 def test_images_without_labels_train(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,8 +97,8 @@ def test_images_without_labels_train(images: Path, tmp_path: Path, capsys: pytes
     (Path(os.fsdecode(os.fsencode(flat) + b"/not utf-8 \xff.jpg"))).write_text("nor this")
     (flat / "two\nlines.jpg").touch()
     data = ["--data.path", tmp_path / "flat", "--run.dir", tmp_path / "run", "--loss.objective", "moco"]
-    assert train.train(*command("cifar10", *data, *SMALL, "--train.epochs", 2)) == 0
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert train.train(*command("cifar10", *data, *FLAGS, "--train.epochs", 2)) == 0
+    lines = metrics(tmp_path / "run")
     assert lines[-1]["knn_top1"] is None
     assert lines[-2]["kind"] == "eval"
     printed = capsys.readouterr().out.splitlines()
@@ -175,7 +165,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
     message: str,
     images: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    refused: Callable[..., str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if message == "--train.device" and torch.cuda.is_available():
@@ -185,15 +175,9 @@ def test_mistakes_are_one_line_and_leave_nothing(
     (tmp_path / "texts" / "a.txt").write_text("hello")
     monkeypatch.chdir(tmp_path)
     filled = [a.format(tmp=tmp_path, images=images / "train") for a in arguments]
-    given = ["cifar10", *SMALL, *filled]
+    given = ["cifar10", *FLAGS, *filled]
     given += [] if "--run.dir" in given else ["--run.dir", str(tmp_path / "run")]
-    monkeypatch.setattr(sys, "argv", ["train", *given])
-    with pytest.raises(SystemExit) as stop:
-        train.main()
-    assert stop.value.code == 2
-    shown = capsys.readouterr()
-    assert message in shown.err
-    assert shown.err.count("\n") == 1
+    assert message in refused(train.main, *given)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "texts"]
 
 
@@ -203,26 +187,18 @@ def test_errors_of_the_program_itself_are_not_hidden() -> None:
 
 
 def test_two_ranks_train_under_torchrun(images: Path, tmp_path: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = ["-m", "reco_fast.train", "cifar10", "--data.path", images / "train", "--data.val-path", images / "val"]
-    options = ["--run.dir", tmp_path / "run", "--train.epochs", "2", "--model.key-norm", "shuffle"]
-    done = subprocess.run(
-        [str(part) for part in (*launcher, *arguments, *SMALL, *options)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
+    data = ["--data.path", images / "train", "--data.val-path", images / "val", "--run.dir", tmp_path / "run"]
+    options = ["--train.epochs", 2, "--model.key-norm", "shuffle"]
+    done = torchrun("-m", "reco_fast.train", "cifar10", *data, *FLAGS, *options)
     assert done.returncode == 0, done.stderr[-3000:]
-    end = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert end["steps"] == 7
+    assert metrics(tmp_path / "run")[-1]["steps"] == 7
     assert done.stdout.count("step 7") == 1
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(images: Path, tmp_path: Path) -> None:
     arguments = ["-m", "reco_fast.train", "cifar10", "--data.path", images / "train", "--run.dir", tmp_path / "run"]
     options = ("--train.epochs", 8, "--run.log-every", "1", "--data.loader", "torch")
-    line = [str(part) for part in (sys.executable, *arguments, *SMALL, *options)]
+    line = [str(part) for part in (sys.executable, *arguments, *FLAGS, *options)]
     pipe = subprocess.PIPE
     with subprocess.Popen(line, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as running:
         for shown in running.stdout:

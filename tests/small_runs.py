@@ -1,0 +1,43 @@
+"""Runs that take seconds: the flags of a small model on a CPU, and folders of images to train on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from odd_images import picture
+from PIL import Image
+
+__all__ = ["PROFILED_STEPS", "SMALL", "metrics", "write_classes", "write_pictures"]
+
+SMALL = (
+    "--model.arch timm/test_resnet --model.stem standard --model.bank-size 32 --model.projection-dim 16 "
+    "--model.key-norm batch --loss.ramp 0 --train.batch-size 16 --train.device cpu"
+).split()
+PROFILED_STEPS = 3  # of the run that the fixture `profiled` makes
+
+
+def write_classes(
+    folder: Path, count: int, names: tuple[str, ...] = ("dark", "light"), suffix: str = ".jpg", seed: int = 0
+) -> Path:
+    """Makes `folder` with `count` noisy images of 40 × 36 pixels in a sub-folder for each of `names`, ever lighter."""
+    rng, width = np.random.default_rng(seed), 256 // len(names)
+    for number, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            pixels = rng.integers(width * number, width * (number + 1), size=(36, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{index}{suffix}")
+    return folder
+
+
+def write_pictures(folder: Path, count: int, suffix: str = ".jpg") -> Path:
+    """Makes `folder` with `count` smooth pictures of 60 × 40 pixels, no two alike, named 00.jpg and on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        picture(seed=number).save(folder / f"{number:02d}{suffix}")
+    return folder
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
