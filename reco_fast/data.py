@@ -12,10 +12,10 @@ from torch import Tensor
 from reco_fast import distributed
 from reco_fast.config import Config, ConfigError, DataConfig
 from reco_fast.pipelines import generated
-from reco_fast.pipelines.augmentations import Recipe, reco_recipe
+from reco_fast.pipelines.augmentations import Recipe, evaluation_recipe, reco_recipe
 from reco_fast.pipelines.image_source import ImageSource
 from reco_fast.pipelines.loader import Loader, open_loader
-from reco_fast.pipelines.order import TrainingOrder
+from reco_fast.pipelines.order import EvaluationOrder, TrainingOrder
 from reco_fast.pipelines.sources import open_source
 
 
@@ -95,6 +95,29 @@ def open_training_loader(
         seed=config.train.seed,
         workers=loader_workers(config.data),
         on_bad_image=config.data.on_bad_image,
+        first_step=first_step,
+        precision=precision,
+    )
+
+
+def open_evaluation_loader(
+    data: DataConfig,
+    source: ImageSource,
+    order: EvaluationOrder,
+    device: torch.device,
+    precision: torch.dtype,
+    first_step: int = 0,
+) -> Loader:
+    """Un-augmented images in `order`, from `first_step` on."""
+    return open_loader(
+        data.loader,
+        source,
+        evaluation_recipe(data.image_size),
+        order,
+        device=device,
+        seed=0,
+        workers=loader_workers(data),
+        on_bad_image=data.on_bad_image,
         first_step=first_step,
         precision=precision,
     )

@@ -21,14 +21,12 @@ from torch import nn
 
 from reco_fast import cli
 from reco_fast.config import ConfigError, DataConfig
-from reco_fast.data import loader_workers
+from reco_fast.data import loader_workers, open_evaluation_loader
 from reco_fast.embed_files import Part, Parts, name_bad_images, write_npz, write_parquet, write_projector
 from reco_fast.evaluate import load_run
 from reco_fast.export import check_output, whole_file
 from reco_fast.metrics import Meter
-from reco_fast.pipelines.augmentations import evaluation_recipe
 from reco_fast.pipelines.image_source import ImageSource
-from reco_fast.pipelines.loader import open_loader
 from reco_fast.pipelines.order import EvaluationOrder
 from reco_fast.pipelines.sources import open_source
 from reco_fast.progress import progress
@@ -142,18 +140,7 @@ def compute(
     part = Part(parts.steps)
     started = time.monotonic()
     with (
-        open_loader(
-            data.loader,
-            source,
-            evaluation_recipe(data.image_size),
-            order,
-            device=device,
-            seed=0,
-            workers=loader_workers(data),
-            on_bad_image=data.on_bad_image,
-            first_step=parts.steps,
-            precision=precision,
-        ) as loader,
+        open_evaluation_loader(data, source, order, device, precision, parts.steps) as loader,
         progress(len(source), parts.images) as advance,
     ):
         try:

@@ -8,10 +8,8 @@ from torch import Tensor, nn
 
 from reco_fast import classifiers, distributed
 from reco_fast.config import Config, DataConfig
-from reco_fast.data import LabelledData, loader_workers
-from reco_fast.pipelines.augmentations import evaluation_recipe
+from reco_fast.data import LabelledData, open_evaluation_loader
 from reco_fast.pipelines.image_source import ImageSource
-from reco_fast.pipelines.loader import open_loader
 from reco_fast.pipelines.order import EvaluationOrder
 from reco_fast.state import pick_precision
 
@@ -39,17 +37,7 @@ def extract_features(
         len(source), batch_size, count=count, rank=distributed.rank(), world_size=distributed.world_size()
     )
     features, indices = [], []
-    with open_loader(
-        data.loader,
-        source,
-        evaluation_recipe(data.image_size),
-        order,
-        device=device,
-        seed=0,
-        workers=loader_workers(data),
-        on_bad_image=data.on_bad_image,
-        precision=precision,
-    ) as loader:
+    with open_evaluation_loader(data, source, order, device, precision) as loader:
         for batch in loader:
             with torch.autocast(device.type, precision, enabled=precision != torch.float32):
                 features.append(model(batch.views[0]).float())
