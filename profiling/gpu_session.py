@@ -66,7 +66,7 @@ def parts(output: Path, images: Path | None, photographs: Path | None, tiny: boo
     profiled = output / "profile"
     found = {
         "kernel-tests": Part(8, [pytest("relation_loss", "losses", "launch")]),
-        "step-tests": Part(9, [pytest("cuda_graph", "step", "memory_bank", "loaders")]),
+        "step-tests": Part(9, [pytest("cuda_graph", "step", "memory_bank", "loaders", "bad_images")]),
         # With the card's matrix rate and bandwidth, as measured in the same run.
         "kernels": Part(9, [kernels("kernels", "--lengths", 4096, 65536)]),
         "step-resnet50": Part(9, [step("step-resnet50", 224, 256, 65536, "naive supervised", *resnet50)]),

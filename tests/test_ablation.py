@@ -66,7 +66,7 @@ def test_what_is_done_is_not_trained_again(
     lines = results(folder)
     monkeypatch.setattr(ablation, "train", lambda *_: pytest.fail("trained again"))
     assert ablate(images, folder, *FLAGS, "--ablation.moco-lr", 0.06) == lines
-    with pytest.raises(ConfigError, match=r"--ablation\.dir: .* --loss\.temperature is 0\.2 there and 0\.5 now"):
+    with pytest.raises(ConfigError, match=r"--ablation\.dir: .* --loss\.temperature is 0\.1 there and 0\.5 now"):
         ablate(images, folder, *FLAGS, "--ablation.moco-lr", 0.06, "--loss.temperature", 0.5)
 
 
