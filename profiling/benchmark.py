@@ -34,7 +34,7 @@ import torch
 from reco_fast import cli
 from reco_fast.config import Config, ConfigError, DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from reco_fast.data import loader_workers
-from reco_fast.json_files import write_json
+from reco_fast.json_files import write_json, write_text
 from reco_fast.profiling import contestants
 from reco_fast.profiling.contestants import Contestant
 from reco_fast.run_folder import environment
@@ -279,7 +279,7 @@ def main() -> int:
         report["environment"]["packages"]["lightly"] = version("lightly")
     benchmark.output.mkdir(parents=True, exist_ok=True)
     write_json(benchmark.output / "step.json", report)
-    (benchmark.output / "step.md").write_text(markdown(report), encoding="utf-8")
+    write_text(benchmark.output / "step.md", markdown(report))
     plot(report, benchmark.output / "step.png")
     print(markdown(report), end="")
     return 0

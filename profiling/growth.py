@@ -27,7 +27,7 @@ import torch
 from reco_fast import cli, distributed
 from reco_fast.config import ConfigError
 from reco_fast.data import available_cores
-from reco_fast.json_files import write_json
+from reco_fast.json_files import write_json, write_text
 from reco_fast.profiling.benchmark import DEFAULT as STEP
 from reco_fast.profiling.benchmark import StepOptions, device_name, take_turn
 from reco_fast.profiling.contestants import trainer
@@ -183,7 +183,7 @@ def main() -> int:
     for row in rows(growth):
         report["rows"].append(run_row(row, sys.argv[1:]))
         write_json(growth.output / "growth.json", report)
-        (growth.output / "growth.md").write_text(markdown(report), encoding="utf-8")
+        write_text(growth.output / "growth.md", markdown(report))
         print(markdown(report).splitlines()[-1], flush=True)
     plot(report, growth.output / "growth.png")
     print(markdown(report), end="")

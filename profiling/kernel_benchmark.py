@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reco_fast.json_files import write_json
+from reco_fast.json_files import write_json, write_text
 from reco_fast.kernels import launch
 from reco_fast.kernels.reference import BFLOAT16_ATTENTION, reco_loss_sdpa, reco_loss_torch
 from reco_fast.run_folder import environment
@@ -242,9 +242,7 @@ class Report:
             "results": [asdict(x) for x in self.results],
         }
         write_json(self.folder / "kernels.json", content)
-        temporary = self.folder / "kernels.md.tmp"
-        temporary.write_text(self.markdown(), encoding="utf-8")
-        temporary.rename(self.folder / "kernels.md")
+        write_text(self.folder / "kernels.md", self.markdown())
 
     def markdown(self) -> str:
         rates = ", ".join(f"{name} {value:.1f}" for name, value in self.rates.items())

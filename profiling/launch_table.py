@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from reco_fast.json_files import write_text
 from reco_fast.kernels import launch
 
 CHOICES = ("triton", "sdpa")  # both timed at a size, or it is left out; the others hold N×K matrices
@@ -59,9 +60,7 @@ def record(paths: Sequence[Path], launch_source: Path) -> list[launch.Measured]:
         if not any(line.strip().startswith(f'Measured("{name}",') for name in measured)
     ]
     added = [f'    Measured("{x.architecture}", {x.products}, "{x.implementation}", "{x.source}"),\n' for x in rows]
-    temporary = launch_source.with_suffix(".tmp")
-    temporary.write_text(source[:start] + "".join(added + kept) + source[end:], encoding="utf-8")
-    temporary.rename(launch_source)
+    write_text(launch_source, source[:start] + "".join(added + kept) + source[end:])
     return rows
 
 

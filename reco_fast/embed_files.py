@@ -15,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from reco_fast.config import ConfigError
 from reco_fast.export import whole_file
+from reco_fast.json_files import write_text
 from reco_fast.pipelines.image_source import ImageSource
 from reco_fast.pipelines.images import decode_image
 from reco_fast.typed import one_line
@@ -68,8 +69,7 @@ class Parts:
                 self._take(path)
         else:
             self.remove()
-            with whole_file(self._label) as label:
-                label.write_text(fingerprint, encoding="utf-8")
+            write_text(self._label, fingerprint)
 
     def _take(self, path: Path) -> None:
         """Go on after this part if it is whole and follows the last one."""
@@ -184,7 +184,7 @@ def name_bad_images(path: Path, bad: dict[str, str]) -> None:
     path.unlink(missing_ok=True)
     if bad:
         lines = [f"{one_line(printable(name))}\t{one_line(reason)}\n" for name, reason in sorted(bad.items())]
-        path.write_text("".join(lines), encoding="utf-8")
+        write_text(path, "".join(lines))
         print(f"left out as unreadable: {len(bad)}, named in {path}, such as {lines[0].rstrip()}")
 
 
