@@ -10,7 +10,7 @@ from small_runs import SMALL, write_classes
 
 from reco_fast import ablation
 from reco_fast.ablation import METHODS, AblationOptions, Variant, table, variants
-from reco_fast.config import ConfigError
+from reco_fast.config import Config, ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +107,26 @@ def test_the_budget_of_seconds_gives_faster_methods_more_epochs() -> None:
     equal = [Variant("moco", 0.2, "epochs", 10), Variant("both", 0.1, "epochs", 10)]
     assert list(variants("epochs", rates, 10, lines)) == equal
     assert list(variants("seconds", rates, 10, lines)) == [Variant("moco", 0.2, "seconds", 20)]
+
+
+def test_the_budget_of_seconds_follows_the_budget_of_epochs(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The training is a stand-in, in which MoCo takes half as long."""
+    trained: list[tuple[str, int, int]] = []
+
+    def judged(config: Config) -> dict[str, float]:
+        return {"seconds": 30.0 if config.loss.objective == "moco" else 60.0, "knn_top1": 1.0, "linear_top1": 1.0}
+
+    def train(_: str, config: Config) -> None:
+        trained.append((config.loss.objective, config.train.epochs, config.train.seed))
+
+    monkeypatch.setattr(ablation, "train", train)
+    monkeypatch.setattr(ablation, "judged", judged)
+    monkeypatch.setattr(ablation, "draw_curves", lambda *_: None)
+    lines = ablate(images, tmp_path, "--ablation.methods", "moco", "both", "--ablation.seeds", 0, 1)
+    assert trained == [("moco", 1, 0), ("reco", 1, 0), ("moco", 1, 1), ("reco", 1, 1), ("moco", 2, 0), ("moco", 2, 1)]
+    assert [line["budget"] for line in lines] == 4 * ["epochs"] + 2 * ["seconds"]
 
 
 def test_the_table_has_means_and_ranges() -> None:

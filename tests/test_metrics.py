@@ -47,6 +47,23 @@ def test_a_rank_without_a_folder_reports_nothing(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out == ""
 
 
+def test_scalars_are_on_the_disk_within_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a file takes what is written when it is flushed, too: TensorFlow's, and those in a bucket."""
+    files = pytest.importorskip("tensorboard.compat.tensorflow_stub.io.gfile")
+    monkeypatch.delattr(files.LocalFileSystem, "append")
+    values = dict.fromkeys(
+        "loss chance feature_mean_norm bank_rank images_per_second data_wait_fraction lr".split(), 1.0
+    )
+    with RunLog(tmp_path, total_steps=40, first_step=0) as log:
+        for step in (10, 20):
+            log.train({"step": step, "epoch": 1.0, **values, f"of step {step}": 1.0})
+            (path,) = (tmp_path / "tensorboard").iterdir()
+            end = time.monotonic() + 20
+            while f"train/of step {step}".encode() not in path.read_bytes():
+                assert time.monotonic() < end, step
+                time.sleep(0.1)
+
+
 def test_meter_counts_waiting_and_forgets_what_is_not_training() -> None:
     meter = Meter()
     time.sleep(0.2)

@@ -201,6 +201,14 @@ def test_apex_sgd_gets_what_fused_sgd_gets(apex: None, scaled: bool) -> None:
     torch.testing.assert_close(weights(by_apex), weights(plain), rtol=1e-4, atol=1e-5)
 
 
+def test_apex_lamb_gets_gradients_without_the_scale(apex: None) -> None:
+    """Its steps hardly depend on their scale; its averages of them do."""
+    plain, scaled = (trained(apex_state("apex-lamb", scaled), 3, bad=1) for scaled in (False, True))
+    for one, other in zip(plain.optimizer.state.values(), scaled.optimizer.state.values(), strict=True):
+        torch.testing.assert_close(other["exp_avg"], one["exp_avg"], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(weights(scaled), weights(plain), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["apex-sgd", "apex-lamb"])
 def test_apex_optimizers_go_on_from_a_checkpoint(apex: None, name: str, tmp_path: Path) -> None:
     with checkpoint.Writer(tmp_path) as writer:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -116,7 +117,17 @@ def test_growth_measures_two_ranks_and_says_what_failed(
     monkeypatch.setattr(sys, "argv", [*words.split(), "--output", str(tmp_path)])
     every = growth.rows
     monkeypatch.setattr(growth, "rows", lambda given: every(given)[1:])  # each costs processes of its own
+    monkeypatch.setattr(growth, "available_cores", lambda: 2)
+    run, started = subprocess.run, []
+
+    def watched(line: list[str], **options: Any) -> Any:
+        if "--nproc-per-node" in line:
+            started.append((line[line.index("--nproc-per-node") + 1], options["env"].get("OMP_NUM_THREADS")))
+        return run(line, **options)
+
+    monkeypatch.setattr(subprocess, "run", watched)
     assert growth.main() == 0
+    assert started == [("1", "2"), ("2", "1")]  # ranks, threads of each
     report = json.loads((tmp_path / "growth.json").read_text())
     failed, two = report["rows"]
     assert two["images_per_second"] == pytest.approx(32 / two["seconds_per_step"][0])
@@ -124,6 +135,7 @@ def test_growth_measures_two_ranks_and_says_what_failed(
     assert "--model.bank-size" in failed["failed"]  # a bank of 64 for a batch of 128
     table = (tmp_path / "growth.md").read_text()
     assert table in capsys.readouterr().out
+    assert failed["failed"] in table
     assert "| 2 × " in table
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
 

@@ -19,7 +19,8 @@ from urllib.parse import urlencode
 
 import pytest
 import torch
-from small_runs import PROFILED_STEPS, SMALL, metrics
+from small_runs import PROFILED_STEPS, SMALL, metrics, write_pictures
+from torch.profiler import ProfilerActivity, profile
 
 from reco_fast import train
 from reco_fast.config import Config, ModelConfig, TrainConfig
@@ -86,6 +87,38 @@ def test_an_evaluation_ends_the_recording(tmp_path: Path) -> None:
     (path,) = tmp_path.glob("*.pt.trace.json")
     counted = Counter(event.get("name") for event in json.loads(path.read_text())["traceEvents"])
     assert (counted["aten::exp"], counted["aten::sigmoid"]) == (2, 0)
+
+
+def test_an_evaluation_of_a_run_ends_the_recording(tmp_path: Path) -> None:
+    data = f"--data.path {write_pictures(tmp_path / 'images', 32)} --run.dir {tmp_path / 'run'} --data.loader torch"
+    options = "--train.epochs 2 --eval.every 1 --profile.enabled --profile.wait 0 --profile.warmup 1 --profile.active 3"
+    assert train.train(*train.parse(["cifar10", *SMALL, *data.split(), *options.split()])) == 0
+    (path,) = (tmp_path / "run" / "tensorboard").glob("*.pt.trace.json")
+    names = {event.get("name", "") for event in json.loads(path.read_text())["traceEvents"]}
+    assert {name for name in names if name.startswith("ProfilerStep#")} == {"ProfilerStep#1"}  # of steps 1, 2 and 3
+
+
+def test_with_cuda_the_recorded_steps_leave_a_timeline_of_their_allocations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA's allocator and its share of the profiler are stand-ins: what they are told, and when."""
+    told: list[str] = []
+    memory = torch.cuda.memory
+
+    def on_cpu(activities: list[ProfilerActivity], **options: Any) -> profile:
+        assert activities == [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+        return profile(activities=activities[:1], **options)
+
+    monkeypatch.setattr("reco_fast.profiling.trace.profile", on_cpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(memory, "_record_memory_history", lambda enabled="all", **_: told.append(f"history {enabled}"))
+    monkeypatch.setattr(memory, "_dump_snapshot", lambda path: told.append(f"dump {Path(path).relative_to(tmp_path)}"))
+    with trace(tmp_path, wait=1, warmup=1, active=2) as hook:
+        for step in range(6):
+            told.append(f"step {step}")
+            hook.step()
+    dump = f"dump memory_{os.getpid()}.pickle"
+    assert told == ["history all", *(f"step {n}" for n in range(4)), dump, "history None", "step 4", "step 5"]
 
 
 @pytest.mark.parametrize(("objective", "passes"), [("reco", 2), ("moco", 1)])
@@ -219,7 +252,6 @@ def test_scalars_are_in_the_browser_while_the_run_trains(
                 lines = browser.find_element("css selector", "body").text.split("\n")
                 return {"/loss", f"{logged['loss']:.4f}", str(state.step)} <= set(lines)
 
-            # PyTorch's writer would keep it from the disk for two minutes.
             wait_for(shown, f"the loss of step {state.step} in the browser", seconds=90)
             keep_picture(browser, "tensorboard-scalars.png", tmp_path)
             seen.append(state.step)
