@@ -24,6 +24,15 @@ with distributed.process_group(torch.device("cpu")):
     agreement.forget()
     assert answers == [[False, False]] * 6 + [[False, True], [False, False]], answers
 """
+WRONG = """
+import os, time
+from reco_fast import cli
+from reco_fast.config import ConfigError
+def main():
+    time.sleep(2 * (os.environ["RANK"] == "0"))  # the other rank finds the mistake first
+    raise ConfigError("--data.path: expected \\x1b[31mred")
+cli.run(main)
+"""
 
 
 def test_ranks_hear_of_a_flag_one_step_later_and_forget_together(tmp_path: Path) -> None:
@@ -33,10 +42,7 @@ def test_ranks_hear_of_a_flag_one_step_later_and_forget_together(tmp_path: Path)
 
 
 def test_a_mistake_is_the_first_and_the_last_thing_that_torchrun_shows(tmp_path: Path) -> None:
-    (tmp_path / "wrong.py").write_text(
-        "from reco_fast import cli\nfrom reco_fast.config import ConfigError\n"
-        "def main(): raise ConfigError('--data.path: expected \\x1b[31mred')\ncli.run(main)"
-    )
+    (tmp_path / "wrong.py").write_text(WRONG)
     done = torchrun(tmp_path / "wrong.py")
     line = "error: --data.path: expected \\x1b[31mred"
     assert done.stderr.splitlines().count(line) == 1  # of rank 0 alone

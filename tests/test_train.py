@@ -8,7 +8,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from small_runs import SMALL, metrics, write_classes
 
 from reco_fast import cli, evaluate, train
 from reco_fast.config import ConfigError
+from reco_fast.wandb_log import wandb_beside
 
 FLAGS = [*SMALL, "--run.log-every", "2"]
 
@@ -262,6 +266,23 @@ def test_weights_and_biases_gets_what_tensorboard_gets(
         assert word in content
     run(images, tmp_path / "run", "--train.max-steps", 4)  # the flag may differ when a run goes on
     assert written.read_bytes() == content
+
+
+def test_weights_and_biases_goes_on_with_the_run_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    wandb: Any = ModuleType("wandb")  # a stand-in
+    wandb.Error, wandb.tensorboard = RuntimeError, SimpleNamespace(unpatch=lambda: told.append("unpatched"))
+    wandb.init = lambda **options: told.append(options) or nullcontext()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: wandb)
+    for folder in ("one", "one", "another"):
+        with wandb_beside(tmp_path / folder, "mine", {}):
+            pass
+    first, again, other = told[::2]
+    assert first == again
+    assert first["id"] != other["id"]
+    assert (first["project"], first["name"], first["resume"]) == ("mine", "one", "allow")
+    assert told[1::2] == 3 * ["unpatched"]
 
 
 def test_weights_and_biases_without_the_package_is_one_line(
