@@ -106,16 +106,19 @@ def local_relation(axes: Axes) -> None:
 
 def subset_curves() -> None:
     """kNN on a subset of CIFAR-10 against epochs: mean and range over three seeds, for quality.md."""
+    found = [json.loads(line) for line in (HERE / "results" / "cifar10-subset.jsonl").read_text().splitlines()]
     figure, axes = plt.subplots(figsize=(4.5, 3), layout="constrained")
-    for name, label in (("moco", "MoCo v2, lr 0.12"), ("both", "ReCo, lr 0.06")):
-        runs = []
-        for path in sorted((HERE / "results").glob(f"cifar10-subset-{name}-seed*.jsonl")):
-            lines = [json.loads(line) for line in path.read_text().splitlines()]
-            runs.append([(line["epoch"], line["knn_top1"]) for line in lines if line["kind"] == "eval"])
-        epochs = [epoch for epoch, _ in runs[0]]
-        top1 = list(zip(*([value for _, value in points] for points in runs), strict=True))
-        axes.plot(epochs, [sum(values) / len(values) for values in top1], linewidth=1.4, label=label)
-        axes.fill_between(epochs, [min(values) for values in top1], [max(values) for values in top1], alpha=0.2)
+    for label, method, mix, epochs in (
+        ("ReCo, 30 epochs", "both", "mixup", 30),
+        ("MoCo v2, 30 epochs", "moco", None, 30),
+        ("MoCo v2, 52 epochs: as long", "moco", None, 52),
+    ):
+        wanted = (10_000, method, mix, epochs)
+        curves = [run["curve"] for run in found if (*map(run.get, ("images", "method", "mix", "epochs")),) == wanted]
+        x = [epoch for epoch, _ in curves[0]]
+        top1 = list(zip(*([value for _, value in points] for points in curves), strict=True))
+        axes.plot(x, [sum(values) / len(values) for values in top1], linewidth=1.4, label=label)
+        axes.fill_between(x, [min(values) for values in top1], [max(values) for values in top1], alpha=0.2)
     axes.set(xlabel="epoch", ylabel="kNN top-1, %", title="10,000 images of CIFAR-10, three seeds")
     axes.title.set_fontsize(8)
     axes.spines[["top", "right"]].set_visible(False)
