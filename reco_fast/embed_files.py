@@ -69,7 +69,8 @@ class Parts:
                 self._take(path)
         else:
             self.remove()
-            write_text(self._label, fingerprint)
+            with whole_file(self._label) as label:
+                label.write_text(fingerprint, encoding="utf-8")
 
     def _take(self, path: Path) -> None:
         """Go on after this part if it is whole and follows the last one."""
