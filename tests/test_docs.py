@@ -57,8 +57,8 @@ ELSEWHERE = {
     "python -m reco_fast.profiling.growth --output DIR": "tests/test_scaling_benchmark.py",
     "python -m reco_fast.profiling.loader_benchmark --data.path cifar10/train --image-size 32 --batch-size 256 "
     "--batches 12": "by hand, docs/loader.md",
-    "python -m reco_fast.profiling.loader_benchmark --data.path cifar10/train/airplane --image-size 32 --batch-size 256 "
-    "--batches 12 --warmup 20": "by hand, docs/loader.md",
+    "python -m reco_fast.profiling.loader_benchmark --data.path cifar10/train/airplane --image-size 32 --batch-size "
+    "256 --batches 12 --warmup 20": "by hand, docs/loader.md",
     "python -m reco_fast.profiling.loader_benchmark --data.path photographs --image-size 224 --batch-size 32 "
     "--batches 10": "by hand, docs/loader.md",
 }
