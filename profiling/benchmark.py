@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +32,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 
 from reco_fast import cli
-from reco_fast.config import Config, ConfigError, DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from reco_fast.config import Config, ConfigError, ModelConfig, StepConfig, TrainConfig
 from reco_fast.data import loader_workers
 from reco_fast.json_files import write_json, write_text
 from reco_fast.profiling import contestants
@@ -57,18 +57,11 @@ STEPS: dict[str, dict[str, Callable[[Config, torch.device], Contestant]]] = {
 
 
 @dataclass(frozen=True)
-class StepOptions:
-    """What a step is configured by: the sections of `Config` that say it."""
-
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-
+class StepOptions(StepConfig):
     @property
     def config(self) -> Config:
-        return Config(data=self.data, model=self.model, loss=self.loss, optim=self.optim, train=self.train)
+        """Of a whole run with this step."""
+        return Config(self.data, self.model, self.loss, self.optim, self.train)
 
 
 @dataclass(frozen=True)

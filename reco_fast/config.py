@@ -216,12 +216,18 @@ class ProfileConfig:
 
 
 @dataclass(frozen=True)
-class Config:
+class StepConfig:
+    """What a training step is configured by."""
+
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True)
+class Config(StepConfig):
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
