@@ -199,6 +199,11 @@ def picture(path: Path) -> np.ndarray:
     return pixels
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA, so asking for it is no mistake")
+def test_a_device_that_is_not_there_names_the_flag(odd_run: Path, refused: Callable[..., str]) -> None:
+    assert "error: --device: expected cpu or auto" in refused(evaluate.main, odd_run / "run", "--device", "cuda")
+
+
 def test_the_command_measures_and_draws(
     odd_run: Path, measure: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -279,8 +279,11 @@ def test_activations_weights_and_gradients_stay_channels_last(
         assert len(set(layouts.broken) - POOLED) > 2
 
 
-def test_a_step_makes_no_copy_of_a_bank_and_few_passes_over_the_weights() -> None:
-    config = dataclasses.replace(CONFIG, loss=LossConfig(impl="sdpa"))
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_makes_no_copy_of_a_bank_and_few_passes_over_the_weights(precision: Any) -> None:
+    config = dataclasses.replace(
+        CONFIG, loss=LossConfig(impl="sdpa"), train=TrainConfig(batch_size=16, precision=precision)
+    )
     state = build_state(config, CPU)
     state.teacher.register_forward_hook(
         lambda _, __, keys: teacher.append((torch.is_grad_enabled(), keys.requires_grad))
