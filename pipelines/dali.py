@@ -25,7 +25,7 @@ __all__ = ["DaliLoader"]
 _READERS = 8  # threads that wait for the file system
 _READ_AHEAD = 3  # batches of encoded images
 _DECODE_AHEAD = 2  # batches in DALI
-_CACHE_BYTES = 512 * 2**20  # of encoded images: a small data set is read and checked once
+_CACHE_BYTES = 512 * 2**20  # a small data set is read and checked once
 
 
 class DaliLoader(Loader):
@@ -51,12 +51,13 @@ class DaliLoader(Loader):
         self._dtype = dtype
         self._workers = max(1, workers)
         self._order = order
-        self._reader = ImageReader(source, on_bad_image, cache_bytes=_CACHE_BYTES)
+        self._reader = ImageReader(source, on_bad_image, cache_bytes=_CACHE_BYTES if order.steps is None else 0)
         self._bad = self._reader.bad
         self._ahead = _ReadAhead(order, self._reader, first_step, self._prepare, self._journal)
         self._again: deque[_Prepared] = deque()  # taken from DALI when a batch before it failed
         self._in_flight: deque[_Prepared] = deque()
         self._pipeline: Any = None
+        self._with_decoded = False  # of its outputs
 
     def __next__(self) -> Batch:
         while not self._ahead.closed:
@@ -71,6 +72,9 @@ class DaliLoader(Loader):
                 continue
             prepared = self._in_flight.popleft()
             self._journal.end()
+            if self._with_decoded:
+                *outputs, decoded = outputs
+                self._keep(prepared.samples, decoded)
             views = tuple(from_dlpack(view.as_tensor()).permute(0, 3, 1, 2) for view in outputs)
             return Batch(views, torch.tensor([sample.place for sample in prepared.samples]))
         raise StopIteration
@@ -92,12 +96,15 @@ class DaliLoader(Loader):
         if not self._again:
             self._again.append(self._ahead.take())
         samples = self._again[0].samples
+        largest = max(sample.height for sample in samples), max(sample.width for sample in samples)
+        self._with_decoded = self._reader.keeps_decoded(*largest)
         pipeline = graph(
             self._feed,
             self._recipe,
             self._on_gpu,
             self._dtype,
-            (max(sample.height for sample in samples), max(sample.width for sample in samples)),
+            largest,
+            self._with_decoded,
             batch_size=self._order.batch_size,
             num_threads=self._workers,
             device_id=self._device_id,
@@ -106,6 +113,11 @@ class DaliLoader(Loader):
         )
         pipeline.build()
         return pipeline
+
+    def _keep(self, samples: list[Sample], decoded: Any) -> None:
+        for row, sample in enumerate(samples):
+            if not sample.data.startswith(b"P6"):
+                self._reader.keep(sample, np.asarray(decoded.at(row)))
 
     def _feed(self) -> list[Any]:
         """The next batch's inputs, as DALI asks for them."""

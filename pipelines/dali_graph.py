@@ -57,10 +57,16 @@ _TYPES = {"bool": types.BOOL, "int32": types.INT32, "float32": types.FLOAT}
 
 @pipeline_def(enable_conditionals=True)
 def graph(
-    feed: Callable[[], list[Any]], recipe: Recipe, on_gpu: bool, dtype: torch.dtype, largest: tuple[int, int]
+    feed: Callable[[], list[Any]],
+    recipe: Recipe,
+    on_gpu: bool,
+    dtype: torch.dtype,
+    largest: tuple[int, int],
+    with_decoded: bool,
 ) -> tuple[Any, ...]:
     """One decode, one crop a view. Inputs in the order of `DaliLoader._feed`. `largest`: height and width for which
-    the GPU's decoders reserve memory; for a larger image they get more."""
+    the GPU's decoders reserve memory; for a larger image they get more. Outputs: the views, and after them the decoded
+    images on the CPU if they are asked for."""
     examples = [view_inputs(view, sample_parameters(view, 0, 0, [0], [1], [1]), on_gpu) for view in recipe.views]
     rows = [np.asarray(value[0]) for example in examples for value in example.values()]
     encoded, *values = fn.external_source(
@@ -78,9 +84,8 @@ def graph(
     )
     inputs = iter(values)
     output = types.FLOAT16 if dtype == torch.float16 else types.FLOAT
-    return tuple(
-        _view(images, {name: next(inputs) for name in example}, recipe, on_gpu, output) for example in examples
-    )
+    views = [_view(images, {name: next(inputs) for name in example}, recipe, on_gpu, output) for example in examples]
+    return (*views, images.cpu() if on_gpu else images) if with_decoded else tuple(views)
 
 
 def _decoder_buffers(height: int, width: int) -> dict[str, Any]:

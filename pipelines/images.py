@@ -14,7 +14,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-__all__ = ["MAX_PIXELS", "BadImage", "ImageHeader", "check_image", "decode_image", "inspect_image", "to_plain"]
+__all__ = [
+    *("MAX_PIXELS", "BadImage", "ImageHeader"),
+    *("check_image", "decode_image", "inspect_image", "ppm_header", "to_plain", "to_ppm"),
+]
 
 MAX_PIXELS = 150_000_000
 """Larger frames are refused before any memory is taken for them; 12,000 × 9,000 passes, 450 MB is the most."""
@@ -68,7 +71,12 @@ def to_plain(data: bytes) -> tuple[bytes, int, int]:
 def to_ppm(data: bytes) -> tuple[bytes, int, int]:
     """Decode with Pillow and pack as binary PPM: bytes, height and width. Raises BadImage."""
     image = decode_image(data)
-    return b"P6\n%d %d\n255\n" % image.size + image.tobytes(), image.height, image.width
+    return ppm_header(image.height, image.width) + image.tobytes(), image.height, image.width
+
+
+def ppm_header(height: int, width: int) -> bytes:
+    """What stands before the 3 · height · width bytes of a binary PPM."""
+    return b"P6\n%d %d\n255\n" % (width, height)
 
 
 def decode_image(data: bytes) -> Image.Image:

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Literal, NamedTuple, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from reco_fast.pipelines.augmentations import Recipe
 from reco_fast.pipelines.image_source import DataError, ImageSource
-from reco_fast.pipelines.images import BadImage, to_plain, to_ppm
+from reco_fast.pipelines.images import BadImage, ppm_header, to_plain
 from reco_fast.pipelines.journal import Journal
 from reco_fast.pipelines.order import Order
 
@@ -79,8 +81,8 @@ class Sample(NamedTuple):
 class ImageReader:
     """Reads images and steps past bad ones: in place of a bad image comes the next good one of the source.
 
-    `bad`: index → reason. With `cache_bytes`, a source that fits is read and checked only once; one of small images is
-    kept decoded, as PPM: a step of such images spends much of its loader's time on their headers and tables.
+    `bad`: index → reason. With `cache_bytes`, a source that fits is read and checked only once, and small images can be
+    kept as what was decoded from them: much of the time that those take goes to their headers and tables.
     """
 
     SMALL = 64 * 64  # pixels
@@ -107,7 +109,7 @@ class ImageReader:
             if place in self.bad:
                 continue
             try:
-                sample = self._decoded(Sample(place, *to_plain(self._source.read(place))))
+                sample = Sample(place, *to_plain(self._source.read(place)))
             except BadImage as error:
                 self.reject(place, str(error))
             except OSError as error:
@@ -125,17 +127,22 @@ class ImageReader:
         self._cache.pop(index, None)
         self.bad[index] = reason
 
-    def _decoded(self, sample: Sample) -> Sample:
-        """As PPM if it is small and as many such images fit. Raises BadImage."""
-        pixels = sample.height * sample.width
-        fits = pixels <= self.SMALL and 3 * pixels * len(self._source) <= self._cache_bytes
-        return Sample(sample.place, *to_ppm(sample.data)) if fits and sample.data[:2] != b"P6" else sample
+    def keeps_decoded(self, height: int, width: int) -> bool:
+        """Whether images of this size are small, and as many as the source has would fit."""
+        pixels = height * width
+        return pixels <= self.SMALL and 3 * pixels * len(self._source) <= self._cache_bytes
+
+    def keep(self, sample: Sample, pixels: NDArray[np.uint8]) -> None:
+        """In place of a cached JPEG what was decoded from it, [height, width, 3], if it is small."""
+        if sample.place in self._cache and self.keeps_decoded(sample.height, sample.width):
+            self._remember(sample._replace(data=ppm_header(sample.height, sample.width) + pixels.tobytes()))
 
     def _remember(self, sample: Sample) -> None:
         with self._lock:
-            self._cache_left -= len(sample.data)
-            if self._cache_left > 0:
-                self._cache[sample.place] = sample
+            before = self._cache.get(sample.place)
+            left = self._cache_left - len(sample.data) + (len(before.data) if before else 0)
+            if left > 0:
+                self._cache[sample.place], self._cache_left = sample, left
 
 
 def open_loader(

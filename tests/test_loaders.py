@@ -21,8 +21,8 @@ from small_runs import write_pictures
 from reco_fast.data import available_cores
 from reco_fast.pipelines.augmentations import Recipe, ViewRecipe, evaluation_recipe, reco_recipe
 from reco_fast.pipelines.image_source import DataError
-from reco_fast.pipelines.images import to_ppm
-from reco_fast.pipelines.loader import Batch, ImageReader, open_loader
+from reco_fast.pipelines.images import decode_image, to_ppm
+from reco_fast.pipelines.loader import Batch, ImageReader, Sample, open_loader
 from reco_fast.pipelines.order import EvaluationOrder, TrainingOrder
 from reco_fast.pipelines.sources import open_source
 from reco_fast.pipelines.torch_loader import OneAhead
@@ -211,21 +211,60 @@ def test_a_small_source_is_read_once(tmp_path: Path) -> None:
     cached, direct = ImageReader(source, "skip", cache_bytes=10**6), ImageReader(source, "skip")
     for _ in range(3):
         for index in range(4):
-            sample, plain = cached.read(index), direct.read(index)
-            assert sample[0::2] == plain[0::2]
-            assert sample.data == to_ppm(plain.data)[0]  # small: kept decoded
+            assert cached.read(index) == direct.read(index)
     assert len(reads) == 4 + 12
-    little = ImageReader(source, "skip", cache_bytes=1000)  # less than they need decoded
-    assert little.read(0) == direct.read(0)
+
+
+def test_small_images_are_kept_as_what_was_decoded(tmp_path: Path) -> None:
+    source = open_source(write_pictures(tmp_path, 4))
+    plain = ImageReader(source, "skip").read(0)
+    size = plain.height, plain.width
+    ppm = plain._replace(data=to_ppm(plain.data)[0])
+    pixels = np.asarray(decode_image(plain.data))
+    needed = 4 * 3 * size[0] * size[1]
+    for cache_bytes, expected in ((10**6, ppm), (needed, ppm), (needed - 1, plain), (0, plain)):
+        reader = ImageReader(source, "skip", cache_bytes=cache_bytes)
+        assert reader.keeps_decoded(*size) is (expected is ppm)
+        reader.keep(reader.read(0), pixels)
+        assert reader.read(0) == expected
+    reader = ImageReader(source, "skip", cache_bytes=needed + 100)  # and four headers
+    for index in range(4):
+        reader.keep(reader.read(index), pixels)
+    assert all(reader.read(index).data == ppm.data for index in range(4))
+    assert not ImageReader(source, "skip", cache_bytes=10**9).keeps_decoded(64, 65)
+
+
+@needs_dali
+def test_what_dali_decoded_is_not_decoded_again(cifar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the views are those of images that are decoded each time."""
+    from reco_fast.pipelines.dali import DaliLoader
+
+    source = open_source(cifar)
+    given: list[set[bytes]] = []  # how the images of a batch begin
+    prepare = DaliLoader._prepare
+
+    def noted(self: DaliLoader, positions: Any, samples: list[Sample]) -> Any:
+        given.append({sample.data[:2] for sample in samples})
+        return prepare(self, positions, samples)
+
+    monkeypatch.setattr(DaliLoader, "_prepare", noted)
+    kept = take(training("dali", source, reco_recipe(32), 60), 20)  # four epochs
+    assert given[0] == {b"\xff\xd8"}
+    assert given[15:20] == 5 * [{b"P6"}]
+    monkeypatch.setattr(ImageReader, "keeps_decoded", lambda *_: False)
+    for ours, theirs in zip(kept, take(training("dali", source, reco_recipe(32), 60), 20), strict=True):
+        assert all(map(torch.equal, ours.views, theirs.views))
+    assert given[-1] == {b"\xff\xd8"}
 
 
 # On a GPU: what can be seen without one
 
 
 @needs_dali
+@pytest.mark.parametrize("with_decoded", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_the_graph_for_a_gpu_is_accepted_decodes_once_and_reserves_what_the_images_need(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, with_decoded: bool
 ) -> None:
     """DALI checks operators, arguments and their types as a graph is defined; only to build it takes a GPU."""
     from reco_fast.pipelines import dali_graph as dali
@@ -238,7 +277,7 @@ def test_the_graph_for_a_gpu_is_accepted_decodes_once_and_reserves_what_the_imag
     for place, name in ((dali.fn.decoders, "image"), (dali.fn, "crop_mirror_normalize")):
         monkeypatch.setattr(place, name, recorded(name, getattr(place, name)))
     settings = {"batch_size": 2, "num_threads": 1, "device_id": 0, "exec_dynamic": True}
-    dali.graph(lambda: [], reco_recipe(224), True, dtype, (375, 500), **settings)
+    dali.graph(lambda: [], reco_recipe(224), True, dtype, (375, 500), with_decoded, **settings)
     (decoder,) = given["image"]
     assert decoder["device"] == "mixed"
     assert (decoder["preallocate_height_hint"], decoder["preallocate_width_hint"]) == (375, 500)
