@@ -16,7 +16,7 @@ from reco_fast.config import Config, ConfigError, DataConfig, LossConfig, ModelC
 from reco_fast.model import build_encoder
 from reco_fast.presets import PRESETS
 
-FLOAT = 4  # bytes of a gradient, and of a key on its way into the banks
+FLOAT = 4  # bytes of a number of a gradient
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Traffic(NamedTuple):
     gradients: int
     """All-reduced (DistributedDataParallel): float32, each trainable parameter once."""
     keys: int
-    """All-gathered for the banks: float32 rows of the global batch, one set for each bank in use."""
+    """All-gathered for the banks: rows of the global batch, one set for each bank in use."""
     shuffle: int
     """All-gathered by --model.key-norm shuffle: the teacher's image batches, and its keys back; else 0."""
 
@@ -58,16 +58,16 @@ class Traffic(NamedTuple):
         return (ranks - 1) / ranks * (2 * self.gradients + self.keys + self.shuffle)
 
 
-def traffic(config: Config, parameters: int, *, image_bytes: int = 2) -> Traffic:
+def traffic(config: Config, parameters: int, *, number_bytes: int = 2) -> Traffic:
     """Of a step of `config`, whose student has that many trainable parameters.
 
-    `image_bytes`: of one number of a view, 2 from a loader on a GPU and 4 on a CPU.
+    `number_bytes`: of a view and of a bank, 2 on a GPU and 4 on a CPU.
     """
     batch, teacher_views = config.train.batch_size, 1 + config.loss.uses_global
-    keys = batch * config.model.projection_dim * FLOAT * teacher_views
+    keys = batch * config.model.projection_dim * number_bytes * teacher_views
     shuffle = 0
     if config.model.key_norm == "shuffle":
-        shuffle = teacher_views * batch * 3 * config.data.image_size**2 * image_bytes + keys
+        shuffle = teacher_views * batch * 3 * config.data.image_size**2 * number_bytes + keys
     return Traffic(parameters * FLOAT, keys, shuffle)
 
 

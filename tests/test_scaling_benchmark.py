@@ -31,19 +31,23 @@ def eight_ranks() -> Any:
     dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("number_bytes", [4, 2])
 @pytest.mark.parametrize(
     ("objective", "key_norm"), [("reco", "batch"), ("moco", "batch"), ("reco", "shuffle"), ("moco", "shuffle")]
 )
 def test_bytes_are_those_that_a_step_exchanges(
-    eight_ranks: None, monkeypatch: pytest.MonkeyPatch, objective: Any, key_norm: Any
+    eight_ranks: None, monkeypatch: pytest.MonkeyPatch, objective: Any, key_norm: Any, number_bytes: int
 ) -> None:
+    """On a CPU; and with views and banks of two bytes a number, as on a GPU."""
     config = Config(
         data=DataConfig(image_size=32),
         model=ModelConfig(arch="timm/test_resnet", bank_size=64, projection_dim=16, key_norm=key_norm),
         loss=LossConfig(objective=objective),
-        train=TrainConfig(batch_size=32, precision="fp32"),
+        train=TrainConfig(batch_size=32, precision="fp32" if number_bytes == 4 else "bf16"),
     )
     state = build_state(config, CPU)
+    dtype = torch.float32 if number_bytes == 4 else torch.bfloat16
+    state.bank.to(dtype)
     gathered: list[int] = []
     reduced: list[int] = []
     real_gather = dist.all_gather_into_tensor
@@ -60,10 +64,10 @@ def test_bytes_are_those_that_a_step_exchanges(
 
     monkeypatch.setattr(dist, "all_gather_into_tensor", gather)
     state.run_student.register_comm_hook(None, reduce)  # type: ignore[operator]
-    views = tuple(torch.randn(4, 3, 32, 32).to(memory_format=torch.channels_last) for _ in range(3))
+    views = tuple(torch.randn(4, 3, 32, 32, dtype=dtype).to(memory_format=torch.channels_last) for _ in range(3))
     views = views if objective == "reco" else views[:2]
     train_step(state, config, views, draw(0, 4, config, CPU), Schedule(0.1, 1.0))
-    counted = scaling.traffic(config, sum(p.numel() for p in state.student.parameters()), image_bytes=4)
+    counted = scaling.traffic(config, sum(p.numel() for p in state.student.parameters()), number_bytes=number_bytes)
     assert sum(reduced) == counted.gradients
     assert sum(gathered) == counted.keys + counted.shuffle
     assert (counted.shuffle > 0) == (key_norm == "shuffle")
@@ -78,8 +82,8 @@ def test_the_table_of_a_preset(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     cells = [cell.strip() for cell in eight.strip("|").split("|")]
     assert cells[:2] == ["8", "1,024"]
     assert float(cells[2]) == pytest.approx(parameters * 4 / 1e6, abs=0.2)
-    assert cells[3] == f"{2 * 1024 * 128 * 4 / 1e6:.2f}"
-    sent = 7 / 8 * (2 * 4 * parameters + 2 * 1024 * 128 * 4)
+    assert cells[3] == f"{2 * 1024 * 128 * 2 / 1e6:.2f}"
+    sent = 7 / 8 * (2 * 4 * parameters + 2 * 1024 * 128 * 2)
     assert float(cells[4].split()[0]) == pytest.approx(1e3 * sent / 1e9, abs=0.4)
     assert cells[5:] == ["1", "1%", "8,000", "0.01"]  # K = 1,024 of one batch; m = 0.99
     assert four.split("|")[6].strip() == "2"
