@@ -115,9 +115,11 @@ class DaliLoader(Loader):
         return pipeline
 
     def _keep(self, samples: list[Sample], decoded: Any) -> None:
-        for row, sample in enumerate(samples):
-            if not sample.data.startswith(b"P6"):
-                self._reader.keep(sample, np.asarray(decoded.at(row)))
+        fresh = [row for row, sample in enumerate(samples) if not sample.data.startswith(b"P6")]
+        if fresh and self._on_gpu:  # only in the first epoch does the host wait for this copy of a GPU's pixels
+            torch.cuda.current_stream(self._device).record_event().synchronize()
+        for row in fresh:
+            self._reader.keep(samples[row], np.asarray(decoded.at(row)))
 
     def _feed(self) -> list[Any]:
         """The next batch's inputs, as DALI asks for them."""

@@ -21,7 +21,7 @@ from small_runs import write_pictures
 from reco_fast.data import available_cores
 from reco_fast.pipelines.augmentations import Recipe, ViewRecipe, evaluation_recipe, reco_recipe
 from reco_fast.pipelines.image_source import DataError
-from reco_fast.pipelines.images import decode_image, to_ppm
+from reco_fast.pipelines.images import decode_image, ppm_header, to_ppm
 from reco_fast.pipelines.loader import Batch, ImageReader, Sample, open_loader
 from reco_fast.pipelines.order import EvaluationOrder, TrainingOrder
 from reco_fast.pipelines.sources import open_source
@@ -284,6 +284,36 @@ def test_the_graph_for_a_gpu_is_accepted_decodes_once_and_reserves_what_the_imag
     assert 3 * 375 * 500 < decoder["device_memory_padding"] < 2**24  # DALI's default
     expected = dali.types.FLOAT16 if dtype == torch.float16 else dali.types.FLOAT
     assert [options["dtype"] for options in given["crop_mirror_normalize"]] == 3 * [expected]
+
+
+@needs_dali
+def test_pixels_from_a_gpu_are_read_when_their_copy_is_there(cifar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[Any] = []
+
+    class Stream:
+        def record_event(self) -> "Stream":
+            return self
+
+        def synchronize(self) -> None:
+            events.append("wait")
+
+    class Decoded:
+        def at(self, row: int) -> Any:
+            events.append(row)
+            return np.full((32, 32, 3), row, np.uint8)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    with training("dali", open_source(cifar), reco_recipe(32), 4) as opened:
+        loader: Any = opened
+        indices = next(loader).indices.tolist()
+        reader = ImageReader(open_source(cifar), "skip", cache_bytes=10**7)
+        loader._reader, loader._device = reader, torch.device("cuda")
+        samples = [reader.read(index) for index in indices]
+        for _ in range(2):  # the second time there is nothing to keep
+            loader._keep([reader.read(index) for index in indices[1:]], Decoded())
+    assert events == ["wait", 0, 1, 2]
+    assert reader.read(indices[3]).data == ppm_header(32, 32) + bytes([2]) * (3 * 32 * 32)
+    assert reader.read(indices[0]) == samples[0]
 
 
 def test_a_batch_is_made_one_call_early_and_handed_over_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
