@@ -97,6 +97,15 @@ def test_a_file_that_vanishes_is_named(kind: str, tmp_path: Path) -> None:
 
 
 @both_loaders
+def test_images_known_to_be_bad_are_named_from_the_start(kind: str, tmp_path: Path) -> None:
+    source = open_source(write_pictures(tmp_path, 4))
+    source.known_bad[1] = "it ends the decoder"
+    with training(kind, source, tiny(), 4) as loader:
+        assert loader.bad_images == {"01.jpg": "it ends the decoder"}
+        assert 1 not in next(loader).indices.tolist()
+
+
+@both_loaders
 def test_what_passes_the_check_and_fails_to_decode_is_replaced_too(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -161,6 +161,8 @@ def test_a_finished_run_is_left_alone(images: Path, tmp_path: Path, capsys: pyte
         (["--data.path", "{images}", "--data.val-path", "{tmp}/missing"], "missing"),
         (["--data.path", "{images}", "--model.key-norm", "shuffle"], "--model.key-norm"),
         (["--data.path", "{images}", "--model.key-norm", "split", "--model.norm-groups", "9"], "--model.norm-groups"),
+        (["--data.path", "{images}", "--train.accumulate", "3"], "ranks × --train.accumulate = 3, got 16"),
+        (["--data.path", "{images}", "--loss.impl", "triton"], "--loss.impl"),
         ([], "--data.path"),
     ],
 )
@@ -174,6 +176,8 @@ def test_mistakes_are_one_line_and_leave_nothing(
 ) -> None:
     if message == "--train.device" and torch.cuda.is_available():
         pytest.skip("this machine has CUDA, so asking for it is no mistake")
+    if message == "--loss.impl" and os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("Triton's interpreter runs on a CPU")
     (tmp_path / "empty").mkdir()
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("hello")
