@@ -1,4 +1,4 @@
-"""Both loaders: the same views, every image once an epoch, exact resume, a clean end."""
+"""Both loaders: every image once an epoch, exact resume, a clean end."""
 
 import contextlib
 import gc
@@ -15,117 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from loading import HAS_DALI, both_loaders, levels, needs_dali, take, tiny, training
-from small_runs import write_pictures
+from loading import HAS_DALI, both_loaders, needs_dali, take, tiny, training
 
 from reco_fast.data import available_cores
-from reco_fast.pipelines.augmentations import Recipe, ViewRecipe, evaluation_recipe, reco_recipe
+from reco_fast.pipelines.augmentations import evaluation_recipe, reco_recipe
 from reco_fast.pipelines.image_source import DataError
-from reco_fast.pipelines.images import decode_image, ppm_header, to_ppm
-from reco_fast.pipelines.loader import Batch, ImageReader, Sample, open_loader
+from reco_fast.pipelines.loader import Batch, open_loader
 from reco_fast.pipelines.order import EvaluationOrder, TrainingOrder
 from reco_fast.pipelines.sources import open_source
 from reco_fast.pipelines.torch_loader import OneAhead
-
-# What the two loaders make of the same parameters
-
-
-def one(**options: Any) -> Recipe:
-    """A recipe with one view and nothing but what `options` ask for; whole image unless they say otherwise."""
-    return Recipe((ViewRecipe(**{"area": (0.5, 1.0)} | options),), 224)
-
-
-always = {"jitter_probability": 1.0}
-# Largest mean absolute difference over 64 photographs, in 0..255. docs/loader.md has what was measured.
-PARITY = {
-    "crop": (one(), 0.2),
-    "small crops": (Recipe((ViewRecipe(area=(0.02, 0.1)),), 224), 0.2),
-    "small output": (Recipe((ViewRecipe(),), 32), 0.4),
-    "evaluation": (evaluation_recipe(224), 0.2),
-    "flip": (one(flip_probability=1.0), 0.2),
-    "brightness": (one(**always, brightness=0.4), 0.25),
-    "contrast": (one(**always, contrast=0.4), 0.35),
-    "saturation": (one(**always, saturation=0.4), 0.35),
-    "grayscale": (one(grayscale_probability=1.0), 0.25),
-    "blur": (one(blur_probability=1.0), 0.6),
-    "hue": (one(**always, hue=0.1), 6.0),  # another rotation: see the documentation
-    "all but hue": (one(**always, brightness=0.4, contrast=0.4, saturation=0.4, blur_probability=0.5), 0.7),
-}
-
-
-@needs_dali
-@pytest.mark.parametrize("name", PARITY)
-def test_dali_and_torch_make_the_same_views(photographs: Path, name: str) -> None:
-    recipe, tolerance = PARITY[name]
-    source = open_source(photographs)
-    (dali,), (reference,) = (take(training(kind, source, recipe, batch_size=64), 1) for kind in ("dali", "torch"))
-    assert torch.equal(dali.indices, reference.indices)
-    difference = levels(dali.views[0], recipe) - levels(reference.views[0], recipe)
-    by_image = difference.abs().mean(dim=(1, 2, 3))
-    print(f"{name}: mean absolute difference {by_image.mean():.3f}, worst image {by_image.max():.3f}")
-    assert by_image.mean() < tolerance
-    assert by_image.max() < 5 * tolerance
-    assert reference.views[0].std() > 0.5
-
-
-@needs_dali
-@pytest.mark.parametrize(("size", "tolerance"), [(224, 5.5), (32, 4.5)])
-def test_whole_views_agree(photographs: Path, cifar: Path, size: int, tolerance: float) -> None:
-    """The complete recipe, hue included; the weak view has none and is as close as a crop."""
-    recipe = reco_recipe(size)
-    source = open_source(photographs if size == 224 else cifar)
-    (dali,), (reference,) = (take(training(kind, source, recipe, batch_size=64), 1) for kind in ("dali", "torch"))
-    far = [
-        (levels(a, recipe) - levels(b, recipe)).abs().mean().item()
-        for a, b in zip(dali.views, reference.views, strict=True)
-    ]
-    print(f"{size} px: mean absolute difference of the three views {[round(value, 3) for value in far]}")
-    assert max(far[:2]) < tolerance
-    assert far[2] < 0.25
-
-
-@needs_dali
-def test_contrast_by_arithmetic_as_on_a_gpu_equals_the_operator() -> None:
-    """The GPU's branch, run on the CPU."""
-    from reco_fast.pipelines import dali_graph as dali
-
-    generator = np.random.default_rng(0)
-    images = generator.integers(0, 256, (16, 30, 40, 3), dtype=np.uint8)
-    factors = generator.uniform(0.6, 1.4, 16).astype(np.float32)
-
-    @dali.pipeline_def(batch_size=16, num_threads=1, device_id=None)
-    def graph() -> Any:
-        image, factor = dali.fn.external_source(
-            source=lambda: (images, factors),
-            num_outputs=2,
-            dtype=[dali.types.UINT8, dali.types.FLOAT],
-            ndim=[3, 0],
-            layout=["HWC", ""],
-        )
-        return dali.contrast(image, factor), dali.contrast_on_gpu(image, factor)
-
-    pipeline = graph()
-    pipeline.build()
-    operator, arithmetic = (np.asarray(output.as_tensor()).astype(int) for output in pipeline.run())
-    assert np.abs(operator - arithmetic).max() <= 1
-    assert (operator != arithmetic).mean() < 0.01
-    assert np.abs(operator - images).mean() > 5
-
-
-@both_loaders
-def test_views_are_normalized_channels_last_floats(kind: str, cifar: Path) -> None:
-    recipe = reco_recipe(32)
-    (batch,) = take(training(kind, open_source(cifar), recipe), 1)
-    assert len(batch.views) == 3
-    for view in batch.views:
-        assert view.shape == (8, 3, 32, 32)
-        assert view.dtype == torch.float32
-        assert view.is_contiguous(memory_format=torch.channels_last)
-        assert levels(view, recipe).min() > -0.01
-        assert levels(view, recipe).max() < 255.01
-    assert batch.indices.dtype == torch.int64
-    assert not torch.equal(batch.views[0], batch.views[1])
-
 
 # Order, epochs, resume
 
@@ -203,60 +101,6 @@ def test_tar_shards_are_read(kind: str, tmp_path: Path, cifar: Path) -> None:
     assert sorted(batch.indices.tolist()) == list(range(40))
 
 
-def test_a_small_source_is_read_once(tmp_path: Path) -> None:
-    source = open_source(write_pictures(tmp_path, 4))
-    reads: list[int] = []
-    read = source.read
-    source.read = lambda index: reads.append(index) or read(index)  # type: ignore[method-assign,func-returns-value]
-    cached, direct = ImageReader(source, "skip", cache_bytes=10**6), ImageReader(source, "skip")
-    for _ in range(3):
-        for index in range(4):
-            assert cached.read(index) == direct.read(index)
-    assert len(reads) == 4 + 12
-
-
-def test_small_images_are_kept_as_what_was_decoded(tmp_path: Path) -> None:
-    source = open_source(write_pictures(tmp_path, 4))
-    plain = ImageReader(source, "skip").read(0)
-    size = plain.height, plain.width
-    ppm = plain._replace(data=to_ppm(plain.data)[0])
-    pixels = np.asarray(decode_image(plain.data))
-    needed = 4 * 3 * size[0] * size[1]
-    for cache_bytes, expected in ((10**6, ppm), (needed, ppm), (needed - 1, plain), (0, plain)):
-        reader = ImageReader(source, "skip", cache_bytes=cache_bytes)
-        assert reader.keeps_decoded(*size) is (expected is ppm)
-        reader.keep(reader.read(0), pixels)
-        assert reader.read(0) == expected
-    reader = ImageReader(source, "skip", cache_bytes=needed + 100)  # and four headers
-    for index in range(4):
-        reader.keep(reader.read(index), pixels)
-    assert all(reader.read(index).data == ppm.data for index in range(4))
-    assert not ImageReader(source, "skip", cache_bytes=10**9).keeps_decoded(64, 65)
-
-
-@needs_dali
-def test_what_dali_decoded_is_not_decoded_again(cifar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the views are those of images that are decoded each time."""
-    from reco_fast.pipelines.dali import DaliLoader
-
-    source = open_source(cifar)
-    given: list[set[bytes]] = []  # how the images of a batch begin
-    prepare = DaliLoader._prepare
-
-    def noted(self: DaliLoader, positions: Any, samples: list[Sample]) -> Any:
-        given.append({sample.data[:2] for sample in samples})
-        return prepare(self, positions, samples)
-
-    monkeypatch.setattr(DaliLoader, "_prepare", noted)
-    kept = take(training("dali", source, reco_recipe(32), 60), 20)  # four epochs
-    assert given[0] == {b"\xff\xd8"}
-    assert given[15:20] == 5 * [{b"P6"}]
-    monkeypatch.setattr(ImageReader, "keeps_decoded", lambda *_: False)
-    for ours, theirs in zip(kept, take(training("dali", source, reco_recipe(32), 60), 20), strict=True):
-        assert all(map(torch.equal, ours.views, theirs.views))
-    assert given[-1] == {b"\xff\xd8"}
-
-
 # On a GPU: what can be seen without one
 
 
@@ -284,36 +128,6 @@ def test_the_graph_for_a_gpu_is_accepted_decodes_once_and_reserves_what_the_imag
     assert 3 * 375 * 500 < decoder["device_memory_padding"] < 2**24  # DALI's default
     expected = dali.types.FLOAT16 if dtype == torch.float16 else dali.types.FLOAT
     assert [options["dtype"] for options in given["crop_mirror_normalize"]] == 3 * [expected]
-
-
-@needs_dali
-def test_pixels_from_a_gpu_are_read_when_their_copy_is_there(cifar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    events: list[Any] = []
-
-    class Stream:
-        def record_event(self) -> "Stream":
-            return self
-
-        def synchronize(self) -> None:
-            events.append("wait")
-
-    class Decoded:
-        def at(self, row: int) -> Any:
-            events.append(row)
-            return np.full((32, 32, 3), row, np.uint8)
-
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
-    with training("dali", open_source(cifar), reco_recipe(32), 4) as opened:
-        loader: Any = opened
-        indices = next(loader).indices.tolist()
-        reader = ImageReader(open_source(cifar), "skip", cache_bytes=10**7)
-        loader._reader, loader._device = reader, torch.device("cuda")
-        samples = [reader.read(index) for index in indices]
-        for _ in range(2):  # the second time there is nothing to keep
-            loader._keep([reader.read(index) for index in indices[1:]], Decoded())
-    assert events == ["wait", 0, 1, 2]
-    assert reader.read(indices[3]).data == ppm_header(32, 32) + bytes([2]) * (3 * 32 * 32)
-    assert reader.read(indices[0]) == samples[0]
 
 
 def test_a_batch_is_made_one_call_early_and_handed_over_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
