@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures the CPU figures of profiling.md and loader.md again, into docs/results, and prints their tables:
 #     bash docs/measure.sh CIFAR10_TRAIN_FOLDER PHOTOGRAPHS_FOLDER
-# About ten minutes on two cores, which must have nothing else to do. Needs pip install -e '.[examples,profile,dali]'.
+# About thirteen minutes on two cores, which must have nothing else to do. Needs pip install -e '.[examples,profile,dali]'.
 set -euo pipefail
 cifar=$(realpath "$1") photographs=$(realpath "$2")
 cd "$(dirname "$0")/.."
@@ -19,10 +19,17 @@ keep() { # NAME FILE: the JSON of a part that is done, and how long all has take
 $profiling.benchmark $resnet18 $once --against naive,lightly,supervised --data.path "$cifar" --output "$work/step"
 keep step-resnet18-2cores "$work/step/step.json"
 
+naive() { # NAME OPTION...
+    $profiling.benchmark $resnet18 $once --against naive --output "$work/$1" "${@:2}"
+    keep "step-resnet18-2cores-$1" "$work/$1/step.json"
+}
+naive compiled --train.compile
 for isa in AVX512_CORE AVX2; do # as a CPU without AMX, on which `auto` takes float32
-    ONEDNN_MAX_CPU_ISA=$isa $profiling.benchmark $resnet18 $once --against naive --output "$work/$isa"
-    keep "step-resnet18-2cores-$isa" "$work/$isa/step.json"
+    export ONEDNN_MAX_CPU_ISA=$isa
+    naive $isa
+    naive $isa-compiled --train.compile
 done
+unset ONEDNN_MAX_CPU_ISA
 
 $profiling.growth $resnet18 $once --output "$work/growth"
 keep growth-resnet18-2cores "$work/growth/growth.json"
