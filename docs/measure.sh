@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures the CPU figures of profiling.md and loader.md again, into docs/results, and prints their tables:
 #     bash docs/measure.sh CIFAR10_TRAIN_FOLDER PHOTOGRAPHS_FOLDER
-# About thirteen minutes on two cores, which must have nothing else to do. Needs pip install -e '.[examples,profile,dali]'.
+# About a quarter of an hour on two cores, which must have nothing else to do. Needs pip install -e '.[examples,profile,dali]'.
 set -euo pipefail
 cifar=$(realpath "$1") photographs=$(realpath "$2")
 cd "$(dirname "$0")/.."
