@@ -115,7 +115,7 @@ class DaliLoader(Loader):
         return pipeline
 
     def _keep(self, samples: list[Sample], decoded: Any) -> None:
-        fresh = [row for row, sample in enumerate(samples) if not sample.data.startswith(b"P6")]
+        fresh = [row for row, sample in enumerate(samples) if not sample.decoded]
         if fresh and self._on_gpu:  # only in the first epoch does the host wait for this copy of a GPU's pixels
             torch.cuda.current_stream(self._device).record_event().synchronize()
         for row in fresh:

@@ -77,6 +77,10 @@ class Sample(NamedTuple):
     height: int
     width: int
 
+    @property
+    def decoded(self) -> bool:
+        return self.data.startswith(b"P6")
+
 
 class ImageReader:
     """Reads images and steps past bad ones: in place of a bad image comes the next good one of the source.

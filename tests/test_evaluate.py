@@ -199,8 +199,10 @@ def picture(path: Path) -> np.ndarray:
     return pixels
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA, so asking for it is no mistake")
-def test_a_device_that_is_not_there_names_the_flag(odd_run: Path, refused: Callable[..., str]) -> None:
+def test_a_device_that_is_not_there_names_the_flag(
+    odd_run: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "error: --device: expected cpu or auto" in refused(evaluate.main, odd_run / "run", "--device", "cuda")
 
 

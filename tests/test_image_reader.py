@@ -15,11 +15,16 @@ from reco_fast.pipelines.loader import ImageReader, Sample
 from reco_fast.pipelines.sources import open_source
 
 
-def test_a_small_source_is_read_once(tmp_path: Path) -> None:
+def test_a_small_source_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(write_pictures(tmp_path, 4))
     reads: list[int] = []
     read = source.read
-    source.read = lambda index: reads.append(index) or read(index)  # type: ignore[method-assign,func-returns-value]
+
+    def counted(index: int) -> bytes:
+        reads.append(index)
+        return read(index)
+
+    monkeypatch.setattr(source, "read", counted)
     cached, direct = ImageReader(source, "skip", cache_bytes=10**6), ImageReader(source, "skip")
     for _ in range(3):
         for index in range(4):

@@ -121,7 +121,8 @@ def test_the_graph_for_a_gpu_is_accepted_decodes_once_and_reserves_what_the_imag
     for place, name in ((dali.fn.decoders, "image"), (dali.fn, "crop_mirror_normalize")):
         monkeypatch.setattr(place, name, recorded(name, getattr(place, name)))
     settings = {"batch_size": 2, "num_threads": 1, "device_id": 0, "exec_dynamic": True}
-    dali.graph(lambda: [], reco_recipe(224), True, dtype, (375, 500), with_decoded, **settings)
+    graph = dali.graph(lambda: [], reco_recipe(224), True, dtype, (375, 500), with_decoded, **settings)
+    assert [output.device for output in graph._graph_out] == 3 * ["gpu"] + with_decoded * ["cpu"]
     (decoder,) = given["image"]
     assert decoder["device"] == "mixed"
     assert (decoder["preallocate_height_hint"], decoder["preallocate_width_hint"]) == (375, 500)
