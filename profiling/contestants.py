@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from reco_fast import distributed
 from reco_fast.config import Config, ConfigError
 from reco_fast.data import open_training_loader
+from reco_fast.kernels.winograd import use_winograd
 from reco_fast.model import build_encoder
 from reco_fast.optim import build_optimizer
 from reco_fast.pipelines.sources import open_source
 from reco_fast.profiling.naive import NaiveReCo
-from reco_fast.state import build_state, pick_precision
+from reco_fast.state import build_state, pick_precision, pick_winograd
 from reco_fast.step import draw, scheduled, train_step
 
 CLASSES = 100
@@ -73,6 +74,8 @@ def supervised(config: Config, device: torch.device) -> Contestant:
     model = model.to(device).to(memory_format=torch.channels_last)
     optimizer = build_optimizer(model, config.optim)
     precision = pick_precision(config.train.precision, device)
+    if pick_winograd(config.train.convolution, device, precision):
+        use_winograd(model)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     compiled = config.train.compile if config.train.compile is not None else device.type == "cuda"
     run: Callable[..., Any] = torch.compile(model) if compiled else model

@@ -19,6 +19,9 @@ class ConfigError(Exception):
     """A user's mistake. The message is one line: the flag or file, what came and what was expected."""
 
 
+BEFORE = {"train": {"convolution": "direct"}}
+"""What a run did before there was a setting for it, by section."""
+
 _MOST_COUNT = 2**40  # far above what is useful, far below what overflows
 
 
@@ -146,6 +149,8 @@ class TrainConfig:
     """Parts that a rank's batch is cut into, to save memory; gradients are summed before the one step."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 where the device has matrix units for it, else fp16 on CUDA and fp32 on a CPU."""
+    convolution: Literal["auto", "direct", "winograd"] = "auto"
+    """winograd: 3×3 convolutions with a third of the multiplications, for fp32 on a CPU. auto: there, with MKL."""
     compile: Annotated[bool | None, tyro.conf.arg(metavar="| --train.no-compile")] = None
     """torch.compile of the encoders. Unless said, on with CUDA and off on a CPU."""
     cuda_graph: bool = False
@@ -248,11 +253,16 @@ class Config(StepConfig):
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Config":
-        """The inverse of `to_json`. Raises ConfigError where a section or a field is missing, unknown or wrong."""
+        """The inverse of `to_json`; takes what an earlier version wrote, too.
+
+        Raises ConfigError where a section or a field is missing, unknown or wrong.
+        """
         sections = {}
         for section in dataclasses.fields(cls):
+            given = values.get(section.name)
+            given = BEFORE.get(section.name, {}) | given if isinstance(given, dict) else given
             try:
-                sections[section.name] = as_dataclass(section.type, values.get(section.name))  # type: ignore[arg-type]
+                sections[section.name] = as_dataclass(section.type, given)  # type: ignore[arg-type]
             except ValueError as error:
                 raise ConfigError(f"config.json: section {section.name!r}: {error}") from None
         return cls(**sections)

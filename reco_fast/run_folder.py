@@ -21,7 +21,7 @@ from reco_fast.json_files import parse_json, read_json, read_text, write_json
 PACKAGES = ("torch", "torchvision", "triton", "timm", "numpy", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
 # What may differ between a run and its continuation: it changes where and how fast, not what is learned.
 MAY_CHANGE = {"run", "profile", "eval", "data.workers", "data.manifest"}
-MAY_CHANGE |= {"train.max_steps", "train.device", "train.compile", "train.cuda_graph"}
+MAY_CHANGE |= {"train.max_steps", "train.device", "train.compile", "train.cuda_graph", "train.convolution"}
 
 
 def choose(config: Config, preset: str) -> tuple[Path, Path | None]:

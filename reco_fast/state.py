@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from reco_fast import distributed
 from reco_fast.config import Config, ConfigError
 from reco_fast.cuda_graph import CudaBackend, Graphed
+from reco_fast.kernels.winograd import use_winograd
 from reco_fast.memory_bank import MemoryBank
 from reco_fast.model import Encoder, NormBuffers, Passes, TeacherUpdate, build_encoder, follow_mode
 from reco_fast.optim import build_optimizer
@@ -66,9 +67,11 @@ def build_state(config: Config, device: torch.device) -> TrainState:
             f"got {config.model.key_norm}"
         )
     student = student.to(device).to(memory_format=torch.channels_last)
+    precision = pick_precision(config.train.precision, device)
+    if pick_winograd(config.train.convolution, device, precision):
+        use_winograd(student)
     teacher = copy.deepcopy(student).requires_grad_(False)
     follow_mode(teacher, config.model.key_norm)
-    precision = pick_precision(config.train.precision, device)
     bank = MemoryBank(
         config.model.bank_size,
         config.model.projection_dim,
@@ -145,3 +148,13 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
     has_amx = torch.cpu._is_amx_tile_supported() and (allowed in ("", "ALL", "DEFAULT") or "AMX" in allowed)
     return torch.bfloat16 if has_amx else torch.float32
+
+
+def pick_winograd(name: str, device: torch.device, precision: torch.dtype) -> bool:
+    """Whether 3×3 convolutions go by Winograd's algorithm. Raises ConfigError where it is asked for and cannot be."""
+    possible = device.type == "cpu" and precision == torch.float32
+    if name == "winograd" and not possible:
+        number = str(precision).removeprefix("torch.")
+        raise ConfigError(f"--train.convolution: expected winograd for float32 on a CPU, got {number} on {device.type}")
+    # Its products are MKL's. Without MKL (ARM) nothing has been measured.
+    return name == "winograd" or (name == "auto" and possible and torch.backends.mkl.is_available())

@@ -63,6 +63,13 @@ def test_config_json_with_unknown_or_missing_fields_is_refused() -> None:
         Config.from_json(values)
 
 
+def test_a_run_from_before_a_setting_is_read_as_what_it_did() -> None:
+    values = Config().to_json()
+    del values["train"]["convolution"]
+    assert Config.from_json(values).train == TrainConfig(convolution="direct")
+    assert Config.from_json(Config().to_json()) == Config()
+
+
 def test_help_shows_what_to_expect(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         parse(["quickstart", "--help"])

@@ -229,7 +229,7 @@ class Layouts:
         self.recorder = Recorder(self.look)
 
     def look(self, name: str, given: list[Any], results: list[Any]) -> None:
-        convolves = name.startswith("convolution")
+        convolves = "convolution" in name  # direct, or by Winograd's algorithm
         self.convolutions += convolves
         for position, tensor in enumerate([*results, *(given if convolves else ())]):
             if not isinstance(tensor, torch.Tensor) or tensor.dim() != 4 or min(tensor.shape[1:]) == 1:
@@ -273,6 +273,7 @@ def test_activations_weights_and_gradients_stay_channels_last(
     teacher_passes = 2 * (2 if key_norm == "split" else 1)
     count = sum(isinstance(module, torch.nn.Conv2d) for module in state.student.modules())
     assert layouts.convolutions == count * (2 + 2 + teacher_passes)  # two passes forward and back
+    assert ("reco_fast::winograd_convolution" in layouts.recorder.seen) == (precision == "fp32")
     if layout is torch.channels_last:
         assert set(layouts.broken) <= POOLED
     else:

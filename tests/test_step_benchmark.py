@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from dispatch import Recorder
 from torch import Tensor
 
 from reco_fast.config import Config, DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from reco_fast.losses import reco_loss
-from reco_fast.profiling import benchmark
+from reco_fast.profiling import benchmark, contestants
 from reco_fast.profiling.naive import NaiveReCo
 from reco_fast.state import build_state, pick_precision
 from reco_fast.step import Schedule, draw, train_step
@@ -31,23 +32,26 @@ def views(rows: int, size: int = 32) -> tuple[Tensor, ...]:
     return tuple(torch.randn(rows, 3, size, size, generator=generator) for _ in range(3))
 
 
-def test_the_naive_step_computes_what_the_trainer_does() -> None:
+@pytest.mark.parametrize(("arch", "size"), [("timm/test_resnet", 32), ("resnet18", 16)])  # by Winograd's algorithm too
+def test_the_naive_step_computes_what_the_trainer_does(arch: str, size: int) -> None:
     """Three steps from one start: losses, what each weight of both encoders has moved, and both banks are equal."""
-    state = build_state(CONFIG, CPU)
+    model = dataclasses.replace(CONFIG.model, arch=arch)
+    config = dataclasses.replace(CONFIG, model=model, data=DataConfig(image_size=size))
+    state = build_state(config, CPU)
     start = [parameter.detach().clone() for parameter in state.student.parameters()]
-    naive = NaiveReCo(CONFIG, CPU)
+    naive = NaiveReCo(config, CPU)
     naive.student.load_state_dict(state.student.state_dict())
     naive.teacher.load_state_dict(state.teacher.state_dict())
     naive.queue, naive.queue_weak = state.bank.keys.T.clone(), state.bank.weak_keys.T.clone()
-    given = views(16)
+    given = views(16, size)
     for _ in range(3):
-        drawn = draw(state.step, 16, CONFIG, CPU)
+        drawn = draw(state.step, 16, config, CPU)
         metrics = train_step(
             state,
-            CONFIG,
+            config,
             tuple(view.to(memory_format=torch.channels_last) for view in given),
             drawn,
-            Schedule(lr=CONFIG.optim.lr, relation_weight=1.0),
+            Schedule(lr=config.optim.lr, relation_weight=1.0),
         )
         measured = naive.step(given, drawn[0].permutation, drawn[0].mix_weights)
         assert measured["loss"] == pytest.approx(float(metrics[0]), rel=1e-4)
@@ -59,6 +63,19 @@ def test_the_naive_step_computes_what_the_trainer_does() -> None:
             assert (mine - other).norm() < 0.01 * moved + 1e-5, name
     torch.testing.assert_close(state.bank.keys.T, naive.queue, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(state.bank.weak_keys.T, naive.queue_weak, rtol=1e-3, atol=1e-3)
+
+
+def test_the_supervised_bound_convolves_as_the_trainer_does() -> None:
+    config = dataclasses.replace(
+        CONFIG, model=dataclasses.replace(CONFIG.model, arch="resnet18"), data=DataConfig(image_size=16)
+    )
+    seen = []
+    for make in (contestants.trainer, contestants.supervised):
+        contestant = make(config, CPU)
+        with Recorder() as recorder:
+            contestant.train(contestant.views)
+        seen.append({name for name in recorder.seen if "convolution" in name})
+    assert seen[0] == seen[1] >= {"reco_fast::winograd_convolution", "convolution"}
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:

@@ -163,6 +163,10 @@ def test_a_finished_run_is_left_alone(images: Path, tmp_path: Path, capsys: pyte
         (["--data.path", "{images}", "--model.key-norm", "split", "--model.norm-groups", "9"], "--model.norm-groups"),
         (["--data.path", "{images}", "--train.accumulate", "3"], "ranks × --train.accumulate = 3, got 16"),
         (["--data.path", "{images}", "--loss.impl", "triton"], "--loss.impl"),
+        (
+            ["--data.path", "{images}", "--train.convolution", "winograd", "--train.precision", "bf16"],
+            "--train.convolution: expected winograd for float32 on a CPU, got bfloat16 on cpu",
+        ),
         ([], "--data.path"),
     ],
 )
