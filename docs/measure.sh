@@ -24,12 +24,13 @@ naive() { # NAME OPTION...
     keep "step-resnet18-2cores-$1" "$work/$1/step.json"
 }
 naive compiled --train.compile
-for isa in AVX512_CORE AVX2; do # as a CPU without AMX, on which `auto` takes float32
-    export ONEDNN_MAX_CPU_ISA=$isa
+for isa in AVX512 AVX2; do # as a CPU without AMX, on which `auto` takes float32 and Winograd's algorithm
+    export ONEDNN_MAX_CPU_ISA=${isa/512/512_CORE} MKL_ENABLE_INSTRUCTIONS=$isa ATEN_CPU_CAPABILITY=${isa,,}
     naive $isa
     naive $isa-compiled --train.compile
+    naive $isa-direct --train.convolution direct
 done
-unset ONEDNN_MAX_CPU_ISA
+unset ONEDNN_MAX_CPU_ISA MKL_ENABLE_INSTRUCTIONS ATEN_CPU_CAPABILITY
 
 $profiling.growth $resnet18 $once --output "$work/growth"
 keep growth-resnet18-2cores "$work/growth/growth.json"

@@ -55,6 +55,9 @@ STEPS: dict[str, dict[str, Callable[[Config, torch.device], Contestant]]] = {
 }
 """Who comes for each opponent, by the name in the tables."""
 
+HOLDS = {"oneDNN": "ONEDNN_MAX_CPU_ISA", "MKL": "MKL_ENABLE_INSTRUCTIONS", "ATen": "ATEN_CPU_CAPABILITY"}
+"""What holds a library to the instructions of an older CPU."""
+
 
 @dataclass(frozen=True)
 class StepOptions(StepConfig):
@@ -295,8 +298,8 @@ def check(benchmark: Benchmark) -> None:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    held = os.environ.get("ONEDNN_MAX_CPU_ISA")
-    return f"CPU, {torch.get_num_threads()} threads" + (f", oneDNN held to {held}" if held else "")
+    held = [f", {library} held to {os.environ[name]}" for library, name in HOLDS.items() if os.environ.get(name)]
+    return f"CPU, {torch.get_num_threads()} threads{''.join(held)}"
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ Interval = tuple[float, float]
 DEVICE_CATEGORIES = {"kernel", "gpu_memcpy", "gpu_memset"}
 COMMUNICATION = re.compile(r"nccl|gloo|c10d::|all_?gather|all_?reduce", re.IGNORECASE)
 # What runs in matrix units: convolutions, matrix products, attention, and the loss kernel.
-MATRIX = re.compile(r"conv|gemm|::mm|::addmm|::bmm|cutlass|xmma|wgmma|attention|flash|relation", re.IGNORECASE)
+MATRIX = re.compile(r"conv|gemm|::(?:b?add)?b?mm|cutlass|xmma|wgmma|attention|flash|relation", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,22 @@ def test_the_breakdown_of_a_known_step(tmp_path: Path, name: str) -> None:
     assert found.matrix == pytest.approx(0.6)
 
 
+@pytest.mark.parametrize(
+    ("name", "matrix"),
+    [
+        ("aten::mm", 1),
+        ("aten::baddbmm_", 1),
+        ("reco_fast::winograd_convolution", 1),
+        ("aten::batch_norm", 0),
+        ("aten::sum", 0),
+    ],
+)
+def test_what_counts_as_matrix_work(tmp_path: Path, name: str, matrix: float) -> None:
+    step = [event("ProfilerStep#0", "user_annotation", 0, 10), event("ProfilerStep#1", "user_annotation", 10, 10)]
+    write(tmp_path, [*step, event(name, "cpu_op", 2, 5), event(name, "cpu_op", 12, 5)])
+    assert read_trace(newest_trace(tmp_path)).matrix == matrix
+
+
 def test_a_host_that_runs_ahead_does_not_shorten_the_step(tmp_path: Path) -> None:
     kernels = {"sm90_xmma_gemm": 60.0, "elementwise_kernel": 30.0}
     write(tmp_path, gpu_trace(5, wait=1, kernels=kernels, period=100, host=5))

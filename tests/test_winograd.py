@@ -188,6 +188,22 @@ def test_it_is_used_where_it_can_and_pays() -> None:
     assert not used(narrow, of_size(8, 64, 32))
 
 
+LAYERS = [(64, 32), (128, 28), (128, 16), (256, 14), (256, 8), (512, 7), (512, 4)]  # channels and side, of ResNets
+
+
+@pytest.mark.parametrize("by", ["direct", "winograd"])
+@pytest.mark.parametrize(("channels", "size"), LAYERS)
+def test_forward_and_backward(benchmark: Any, request: Any, channels: int, size: int, by: str) -> None:
+    """`pytest --benchmark tests/test_winograd.py -k backward`: 128 images, channels-last."""
+    torch.use_deterministic_algorithms(False)  # which fills memory with NaN
+    n = 128 if request.config.getoption("--benchmark") else 2
+    given = [x.contiguous(memory_format=torch.channels_last) for x in problem(n, channels, channels, size, size)]
+    convolve = winograd_convolution if by == "winograd" else lambda x, w: F.conv2d(x, w, padding=1)
+    benchmark.group = f"{channels} channels, {size}×{size}, pays: {winograd.pays(given[0].shape, given[1].shape)}"
+    out = benchmark.pedantic(solve, (convolve, *given), rounds=7, warmup_rounds=1)
+    assert all(tensor.isfinite().all() for tensor in out)
+
+
 @pytest.mark.parametrize("mkl", [True, False])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
