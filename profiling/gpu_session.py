@@ -30,6 +30,8 @@ TINY = {
     "--model.key-norm batch --run.log-every 2",
     "profiling.benchmark": "--model.arch timm/test_resnet --data.image-size 32 --model.bank-size 64 "
     "--train.batch-size 16 --rounds 1 --steps 1 --warmup 1",
+    "profiling.growth": "--model.arch timm/test_resnet --model.bank-size 64 --train.batch-size 16 "
+    "--batches 8 --banks 128 --sizes 48 --rounds 1 --steps 1 --warmup 1",
     "profiling.kernel_benchmark": "--rows 16 --lengths 256",
     "profiling.loader_benchmark": "--batch-size 8 --batches 2 --rounds 1",
     "pytest": "--collect-only",
@@ -48,10 +50,10 @@ def parts(output: Path, images: Path | None, photographs: Path | None, tiny: boo
         own = name if name == "pytest" else f"reco_fast.{name}"
         return [sys.executable, "-m", own, *map(str, arguments), *(TINY.get(name, "").split() if tiny else ())]
 
-    def step(name: str, size: int, batch: int, bank: int, against: str, *arguments: object) -> list[str]:
+    def step(name: str, size: int, batch: int, bank: int, *arguments: object, by: str = "benchmark") -> list[str]:
         where = ["--output", output / name, "--data.image-size", size]
         sizes = ["--train.batch-size", batch, "--model.bank-size", bank]
-        return module("profiling.benchmark", *arguments, *where, *sizes, "--against", *against.split())
+        return module(f"profiling.{by}", *where, *sizes, *arguments)
 
     def kernels(name: str, *arguments: object) -> list[str]:
         return module("profiling.kernel_benchmark", "--output", output / name, *arguments)
@@ -62,29 +64,31 @@ def parts(output: Path, images: Path | None, photographs: Path | None, tiny: boo
     data = ["--data.path", images / "train", "--data.val-path", images / "test"] if images else []
     preset = "cifar10" if images else "quickstart"
     resnet18, resnet50 = ("--model.arch", "resnet18"), ("--model.arch", "resnet50")
-    rivals = "naive supervised" + (" lightly" if importlib.util.find_spec("lightly") else "")
-    profiled = output / "profile"
+    rivals, captured = ["--against", "naive", "supervised"], ["--against", "supervised", "--train.cuda-graph"]
+    lightly = ["lightly"] if importlib.util.find_spec("lightly") else []
+    larger = ["--batches", 128, 256, 1024]
+
+    def profiled(name: str, *arguments: object) -> Part:
+        options = ["--profile.enabled", "--train.max-steps", 100, "--run.dir", output / name]
+        return Part(8, [module("train", *arguments, *options), module("profiling.report", output / name)])
+
     found = {
         "kernel-tests": Part(8, [pytest("relation_loss", "losses", "launch")]),
         "step-tests": Part(9, [pytest("cuda_graph", "step", "memory_bank", "loaders", "bad_images")]),
         # With the card's matrix rate and bandwidth, as measured in the same run.
         "kernels": Part(9, [kernels("kernels", "--lengths", 4096, 65536)]),
-        "step-resnet50": Part(9, [step("step-resnet50", 224, 256, 65536, "naive supervised", *resnet50)]),
-        "step-resnet18": Part(9, [step("step-resnet18", 32, 512, 65536, rivals, *resnet18)]),
-        "cuda-graph": Part(  # its warm-up steps include the capture
-            6,
-            [step("cuda-graph", 32, 512, 65536, "supervised", *resnet18, "--train.cuda-graph", "--warmup", 6)],
-        ),
-        "profile": Part(
-            8,
-            [
-                module("train", preset, *data, "--profile.enabled", "--train.max-steps", 100, "--run.dir", profiled),
-                module("profiling.report", profiled),
-            ],
-        ),
+        "step-resnet50": Part(9, [step("step-resnet50", 224, 256, 65536, *resnet50, *rivals)]),
+        "step-resnet18": Part(9, [step("step-resnet18", 32, 512, 65536, *resnet18, *rivals, *lightly)]),
+        # Its warm-up steps include the capture.
+        "cuda-graph": Part(6, [step("cuda-graph", 32, 512, 65536, *resnet18, *captured, "--warmup", 6)]),
+        "profile": profiled("profile", preset, *data),
+        "growth": Part(9, [step("growth", 32, 512, 65536, *resnet18, *larger, "--ranks", 1, by="growth")]),
         "tiles": Part(9, [kernels("tiles", "--tiles", "--rows", 256, "--lengths", 65536)]),
         "large-kernels": Part(9, [kernels("large-kernels", "--lengths", 1048576)]),
     }
+    if photographs is not None:
+        options = ["--data.path", photographs, "--train.batch-size", 256, "--eval.every", 1000]
+        found["profile-224"] = profiled("profile-224", "imagenet100", *options)
     for objective in ("reco", "moco") if images else ():
         name = f"quality-{objective}"
         options = ["--train.epochs", 100, "--loss.objective", objective, "--run.dir", output / name]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from reco_fast import cli, train
-from reco_fast.profiling import benchmark, gpu_session
+from reco_fast.profiling import benchmark, gpu_session, growth
 from reco_fast.profiling.gpu_session import Part, parts, session
 
 
@@ -37,17 +37,20 @@ def test_a_part_that_fails_or_hangs_is_recorded_and_the_next_goes_on(
 @pytest.mark.parametrize("tiny", [False, True])
 def test_every_part_fits_its_time_and_its_command_line_is_understood(tmp_path: Path, tiny: bool) -> None:
     known = parts(tmp_path, tmp_path / "cifar", tmp_path / "photographs", tiny)
-    assert {"step-resnet50", "cuda-graph", "profile", "quality-reco", "quality-moco", "loader-224"} <= set(known)
+    assert {"step-resnet50", "profile-224", "growth", "quality-reco", "loader-224"} <= set(known)
     for part in known.values():
         assert 60 * part.minutes + gpu_session.GRACE < 600
         for _, _, module, *arguments in part.commands:
             if module == "reco_fast.train":
                 _, config = train.parse(arguments)
-                assert config.data.path == tmp_path / "cifar" / "train"
+                assert config.data.path in (tmp_path / "cifar" / "train", tmp_path / "photographs")
             elif module == "reco_fast.profiling.benchmark":
                 parsed = cli.parse(benchmark.Benchmark, arguments, prog="", description="", default=benchmark.DEFAULT)
                 assert parsed.model.arch == ("timm/test_resnet" if tiny else parsed.model.arch)
                 assert parsed.against
+            elif module == "reco_fast.profiling.growth":
+                grown = cli.parse(growth.Growth, arguments, prog="", description="", default=growth.DEFAULT)
+                assert grown.batches == ((8,) if tiny else (128, 256, 1024))
             else:
                 assert module == "pytest" or (Path(benchmark.__file__).parent / f"{module.split('.')[-1]}.py").is_file()
                 assert all((gpu_session.HERE / a).is_file() for a in arguments if a.startswith("tests/"))
