@@ -120,6 +120,14 @@ def test_the_operators_keep_pytorchs_rules() -> None:
         torch.library.opcheck(winograd.winograd_convolution_backward, given)
 
 
+def test_a_second_derivative_is_refused() -> None:
+    images, weight, grad = problem(2, 3, 4, 5, 8)
+    out = winograd_convolution(images.requires_grad_(), weight.requires_grad_())
+    (first,) = torch.autograd.grad(out, images, grad, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        first.sum().backward()
+
+
 def test_torch_compile_traces_the_whole_of_it() -> None:
     given = problem(6, 17, 16, 8, 8)
     compiled = torch.compile(winograd_convolution, fullgraph=True, backend="aot_eager")
