@@ -27,9 +27,10 @@ from torch import Tensor, nn
 
 TILE, INPUTS = 4, 6  # a side of the outputs and of the inputs of a tile
 FEWER = 2.5  # times, from which on it was faster than oneDNN's direct convolution with AVX2 and with AVX-512
-CACHED_BYTES = 4 * 2**20  # of one of V, M and Z at a time
-# glibc maps whatever is larger than 32 MiB anew each time, and touching new pages takes longer than filling them.
-FILTER_BYTES = 16 * 2**20
+CACHED_BYTES = 2 * 2**20  # a thread, of one of V, M and Z at a time
+# Of U, and of the others whatever the threads: glibc maps what is larger than 32 MiB anew each time, and touching new
+# pages takes longer than filling them.
+MOST_BYTES = 16 * 2**20
 
 B_T = torch.tensor(
     [
@@ -189,8 +190,9 @@ def _nhwc(x: Tensor) -> Tensor:
 
 
 def _image_parts(tiles: int, channels: int) -> int:
-    return math.ceil(4 * len(TO_V) * tiles * channels / CACHED_BYTES)
+    cached = min(CACHED_BYTES * torch.get_num_threads(), MOST_BYTES)
+    return math.ceil(4 * len(TO_V) * tiles * channels / cached)
 
 
 def _weight_parts(weight: Tensor) -> int:
-    return math.ceil(4 * len(TO_V) * weight.shape[0] * weight.shape[1] / FILTER_BYTES)
+    return math.ceil(4 * len(TO_V) * weight.shape[0] * weight.shape[1] / MOST_BYTES)

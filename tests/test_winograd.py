@@ -60,11 +60,26 @@ def test_output_and_gradients(n: int, channels: tuple[int, int], size: tuple[int
     check(*problem(n, *channels, *size))
 
 
-@pytest.mark.parametrize(("cached", "filters"), [(1, 2**30), (20_000, 2**30), (2**30, 9_000), (20_000, 9_000)])
-def test_in_pieces(monkeypatch: pytest.MonkeyPatch, cached: int, filters: int) -> None:
+@pytest.mark.parametrize(("cached", "most"), [(1, 2**30), (20_000, 2**30), (2**30, 9_000), (20_000, 30_000)])
+def test_in_pieces(monkeypatch: pytest.MonkeyPatch, cached: int, most: int) -> None:
     monkeypatch.setattr(winograd, "CACHED_BYTES", cached)
-    monkeypatch.setattr(winograd, "FILTER_BYTES", filters)
+    monkeypatch.setattr(winograd, "MOST_BYTES", most)
     check(*problem(7, 10, 13, 6, 9))
+
+
+@pytest.mark.parametrize(("threads", "images"), [(1, 2), (4, 8), (64, 16)])
+def test_a_piece_grows_with_the_threads_up_to_a_bound(
+    monkeypatch: pytest.MonkeyPatch, threads: int, images: int
+) -> None:
+    """Of 64 images with 6 tiles of 13 channels: 11 KB an image."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(winograd, "CACHED_BYTES", 2 * 36 * 6 * 13 * 4)
+    monkeypatch.setattr(winograd, "MOST_BYTES", 16 * 36 * 6 * 13 * 4)
+    pieces: list[int] = []
+    to_v = winograd._to_v
+    monkeypatch.setattr(winograd, "_to_v", lambda part: pieces.append(len(part)) or to_v(part))
+    winograd_convolution(*problem(64, 10, 13, 6, 9)[:2])
+    assert pieces == [images] * (64 // images)
 
 
 @pytest.mark.parametrize(("channels", "size"), [(128, 16), (256, 8), (512, 4)])
