@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import fcntl
+import os
 import platform
 import subprocess
 import sys
@@ -66,6 +67,9 @@ def claimed(folder: Path, config: Config) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"--run.dir: expected a folder that no other run is writing to, got {folder}") from None
+        # The lock lasts until the last copy of its file is closed, and after a kill -9 a loader's workers live on for
+        # seconds.
+        os.register_at_fork(after_in_child=lock.close)
         try:
             write_json(folder / "environment.json", environment())
             write_json(folder / "config.json", config.to_json())

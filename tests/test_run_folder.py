@@ -1,7 +1,9 @@
 """Which folder a run goes to, and what it finds there."""
 
 import json
+import multiprocessing
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,20 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     ):
         make(tmp_path, at(tmp_path))
     make(tmp_path, at(tmp_path))  # free again
+
+
+def test_a_worker_that_outlives_its_run_does_not_keep_the_folder(tmp_path: Path) -> None:
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    with run_folder.claimed(tmp_path, at(tmp_path)):
+        worker.start()
+        with pytest.raises(ConfigError, match="no other run is writing to"):
+            make(tmp_path, at(tmp_path))
+    try:
+        make(tmp_path, at(tmp_path))
+        assert worker.is_alive()
+    finally:
+        worker.kill()
+        worker.join()
 
 
 def test_config_and_environment_are_written_first(tmp_path: Path) -> None:
