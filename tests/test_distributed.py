@@ -24,6 +24,18 @@ with distributed.process_group(torch.device("cpu")):
     agreement.forget()
     assert answers == [[False, False]] * 6 + [[False, True], [False, False]], answers
 """
+AGAIN = """
+import os, time, torch
+from reco_fast import distributed
+attempt, rank = (int(os.environ[name]) for name in ("TORCHELASTIC_RESTART_COUNT", "RANK"))
+time.sleep(3 * attempt * (rank == 0))  # the other one comes first, and finds what the first attempt has left
+with distributed.process_group(torch.device("cpu")):
+    ranks = distributed.all_gather(torch.tensor([rank])).tolist()
+    if attempt == 0:
+        time.sleep(30 * (rank == 0))
+        os._exit(1)
+print(f"ranks {ranks} in attempt {attempt}")
+"""
 WRONG = """
 import os, time
 from reco_fast import cli
@@ -40,6 +52,13 @@ def test_ranks_hear_of_a_flag_one_step_later_and_forget_together(tmp_path: Path)
     (tmp_path / "agree.py").write_text(AGREE)
     done = torchrun(tmp_path / "agree.py")
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_ranks_find_each_other_after_one_of_them_was_lost(tmp_path: Path) -> None:
+    (tmp_path / "again.py").write_text(AGAIN)
+    done = torchrun("--max-restarts=1", tmp_path / "again.py")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("ranks [0, 1] in attempt 1") == 2
 
 
 def test_a_mistake_is_the_first_and_the_last_thing_that_torchrun_shows(tmp_path: Path) -> None:
