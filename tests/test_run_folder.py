@@ -31,9 +31,17 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_outlives_its_run_does_not_keep_the_folder(tmp_path: Path) -> None:
-    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    context = multiprocessing.get_context("fork")
+    started = context.Event()
+
+    def work() -> None:
+        started.set()
+        time.sleep(60)
+
+    worker = context.Process(target=work)
     with run_folder.claimed(tmp_path, at(tmp_path)):
         worker.start()
+        assert started.wait(30)
         with pytest.raises(ConfigError, match="no other run is writing to"):
             make(tmp_path, at(tmp_path))
     try:
