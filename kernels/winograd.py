@@ -20,6 +20,7 @@ Its relative error is 1e-6 to 4e-6 where a direct convolution in float32 has 2e-
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,8 +55,7 @@ def pays(images: torch.Size, weight: torch.Size) -> bool:
     """Whether a convolution of `images` [n, C_in, H, W] by `weight` [C_out, C_in, 3, 3] takes so many fewer
     multiplications, those of the transformations included, that it is faster."""
     n, inputs, height, width = images
-    outputs = weight[0]
-    tiles = n * math.ceil(height / TILE) * math.ceil(width / TILE)
+    outputs, tiles = weight[0], n * math.prod(_rows_and_columns(images))
     direct = 9 * n * height * width * inputs * outputs
     products = INPUTS**2 * tiles * inputs * outputs
     transformations = TO_V.numel() * tiles * inputs + TO_Y.numel() * tiles * outputs + TO_U.numel() * inputs * outputs
@@ -97,11 +97,11 @@ def _(grad: Tensor, images: Tensor, weight: Tensor, needs_images: bool, needs_we
     return like(images, needs_images), like(weight, needs_weight)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grads = winograd_convolution_backward(grad, *ctx.saved_tensors, *ctx.needs_input_grad)
     return tuple(x if needed else None for x, needed in zip(grads, ctx.needs_input_grad, strict=True))
 
@@ -134,11 +134,11 @@ def _is_plain(module: nn.Conv2d) -> bool:
 
 def _convolve(images: Tensor, us: list[Tensor]) -> Tensor:
     """[n, C_out, H, W], channels-last, from `images` [n, C_in, H, W] and Uᵀ [36, C_in, C_out], cut along C_out."""
-    n, inputs, height, width = images.shape
-    rows, columns = math.ceil(height / TILE), math.ceil(width / TILE)
+    n, _, height, width = images.shape
+    rows, columns = _rows_and_columns(images.shape)
     outputs = [u.shape[2] for u in us]
     out = images.new_empty(n, rows, TILE, columns, TILE, sum(outputs))
-    parts = _image_parts(n * rows * columns, max(inputs, sum(outputs)))
+    parts = _image_parts(images, sum(outputs))
     for part, to in zip(_nhwc(images).chunk(parts), out.permute(2, 4, 0, 1, 3, 5).chunk(parts, dim=2), strict=True):
         v = _to_v(part)
         for u, to_channels in zip(us, to.split(outputs, dim=-1), strict=True):
@@ -149,10 +149,9 @@ def _convolve(images: Tensor, us: list[Tensor]) -> Tensor:
 
 def _weight_gradient(grad: Tensor, images: Tensor, weight_parts: int) -> Tensor:
     """[C_out, C_in, 3, 3], channels-last."""
-    n, inputs, height, width = images.shape
-    outputs = grad.shape[1]
+    inputs = images.shape[1]
     grad_us = [grad.new_zeros(len(TO_U), part.shape[1], inputs) for part in grad.chunk(weight_parts, dim=1)]
-    parts = _image_parts(n * math.ceil(height / TILE) * math.ceil(width / TILE), max(inputs, outputs))
+    parts = _image_parts(images, grad.shape[1])
     for image, above in zip(_nhwc(images).chunk(parts), _nhwc(grad).chunk(parts), strict=True):
         v = _to_v(image)
         for grad_u, channels in zip(grad_us, above.chunk(weight_parts, dim=-1), strict=True):
@@ -189,7 +188,13 @@ def _nhwc(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1)
 
 
-def _image_parts(tiles: int, channels: int) -> int:
+def _rows_and_columns(images: torch.Size) -> tuple[int, int]:
+    """Of tiles, on images [n, C, H, W]."""
+    return math.ceil(images[2] / TILE), math.ceil(images[3] / TILE)
+
+
+def _image_parts(images: Tensor, outputs: int) -> int:
+    tiles, channels = len(images) * math.prod(_rows_and_columns(images.shape)), max(images.shape[1], outputs)
     cached = min(CACHED_BYTES * torch.get_num_threads(), MOST_BYTES)
     return math.ceil(4 * len(TO_V) * tiles * channels / cached)
 
