@@ -259,10 +259,12 @@ class Config(StepConfig):
         """
         sections = {}
         for section in dataclasses.fields(cls):
+            kind: Any = section.type
             given = values.get(section.name)
-            given = BEFORE.get(section.name, {}) | given if isinstance(given, dict) else given
+            if isinstance(given, dict):
+                given = BEFORE.get(section.name, {}) | given
             try:
-                sections[section.name] = as_dataclass(section.type, given)  # type: ignore[arg-type]
+                sections[section.name] = as_dataclass(kind, given)
             except ValueError as error:
                 raise ConfigError(f"config.json: section {section.name!r}: {error}") from None
         return cls(**sections)

@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
@@ -23,8 +24,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         # torchrun keeps one store for all its attempts, and addresses of ranks that were killed in it
         # (pytorch/pytorch#135712). On several hosts the count is not the same everywhere.
-        attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]
+        store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend, own_device = ("nccl", device) if device.type == "cuda" else ("gloo", None)
     dist.init_process_group(backend, store=store, rank=number, world_size=count, device_id=own_device)
     try:

@@ -37,7 +37,8 @@ def test_a_part_that_fails_or_hangs_is_recorded_and_the_next_goes_on(
 @pytest.mark.parametrize("tiny", [False, True])
 def test_every_part_fits_its_time_and_its_command_line_is_understood(tmp_path: Path, tiny: bool) -> None:
     known = parts(tmp_path, tmp_path / "cifar", tmp_path / "photographs", tiny)
-    assert {"step-resnet50", "profile-224", "growth", "quality-reco", "loader-224"} <= set(known)
+    assert {"step-resnet50", "cuda-graph", "profile", "quality-reco", "quality-moco", "loader-224"} <= set(known)
+    assert {"profile-224", "growth"} <= set(known)
     for part in known.values():
         assert 60 * part.minutes + gpu_session.GRACE < 600
         for _, _, module, *arguments in part.commands:
