@@ -60,7 +60,7 @@ def matrix(architecture: str) -> Iterator[Compiled]:
     yield _compile(
         architecture,
         relation_kernels.unit_kernel,
-        {"N": "i32", "unit_rows": "*bf16"},
+        {"N": "i32", "unit_rows": "*bf16", "done": "*i32"},
         {**widest, "BLOCK_N": 16, "DTYPE": triton.language.bfloat16, "EMULATE": False},
         "D 256",
     )
@@ -73,19 +73,12 @@ def matrix(architecture: str) -> Iterator[Compiled]:
             {
                 **dict.fromkeys(("N", "splits", "mix_ratio_stride"), "i32"),
                 **dict.fromkeys((f"inverse_{x}temperature" for x in ("", "student_", "teacher_")), "fp32"),
-                **{"permutation": "*i64", "unit_rows": "*bf16", "partial_mean": "*fp16"},
+                **{"permutation": "*i64", "unit_rows": "*bf16", "partial_mean": "*fp16", "done": "*i32"},
                 **scalars,
             },
             {**widest, "BLOCK_S": launch.MOST_SPLITS, "GLOBAL": True, "LOCAL": True, "ANCHOR_IS_QUERY": True},
             f"D 256, 64 splits, {name}",
             warps=relation_loss.COMBINE_WARPS,
-        )
-        yield _compile(
-            architecture,
-            relation_kernels.mean_kernel,
-            {"N": "i32", **scalars},
-            {"GLOBAL": True, "LOCAL": True, "BLOCK": 1024},
-            name,
         )
 
 

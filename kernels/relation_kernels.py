@@ -1,6 +1,6 @@
 # mypy: allow-untyped-defs
 # ruff: noqa: SIM102, SIM300
-"""The four Triton kernels of `relation_loss.py`, in the order of their launch.
+"""The three Triton kernels of `relation_loss.py`, in the order of their launch.
 
 That module's docstring derives the formulas and gives the notation. Every pointer is to contiguous rows, but for the
 banks, whose rows may lie further apart.
@@ -50,12 +50,27 @@ def _tf32_parts(x, EMULATE: tl.constexpr):
 
 
 @triton.jit
-def _dot_tf32x3(a_high, a_low, b_high, b_low, sum):
-    """`sum` + a·b to float32 accuracy on tensor cores, small products first. (`input_precision="tf32x3"` does the same,
-    but splits the rows in every turn of the loop, which spills registers.)"""
-    sum = tl.dot(a_low, b_high, sum, input_precision="tf32")
-    sum = tl.dot(a_high, b_low, sum, input_precision="tf32")
-    return tl.dot(a_high, b_high, sum, input_precision="tf32")
+def _dot(a, b, sum, EMULATE: tl.constexpr):
+    """`sum` + a·b by one TF32 product. Tensor cores cut their sums towards zero where they should round, Triton's
+    interpreter rounds: there, the sum is cut here."""
+    if not EMULATE:
+        return tl.dot(a, b, sum, input_precision="tf32")
+    product = tl.dot(a, b, input_precision="tf32")
+    rounded = sum + product
+    added = rounded - sum
+    lost = (sum - (rounded - added)) + (product - added)  # exact (Knuth's TwoSum)
+    away = (rounded > 0) & (lost < 0) | (rounded < 0) & (lost > 0)
+    return (rounded.to(tl.int32, bitcast=True) - away.to(tl.int32)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _dot_tf32x3(a_high, a_low, b_high, b_low, N: tl.constexpr, M: tl.constexpr, EMULATE: tl.constexpr):
+    """a·b [N, M] to float32 accuracy on tensor cores, small products first. (`input_precision="tf32x3"` does the same,
+    but splits the rows in every turn of the loop, which spills registers.) It takes no sum to add to: one that stays in
+    the tensor cores from tile to tile is cut in every turn, and at K = 65,536 three of its digits are gone."""
+    sum = _dot(a_low, b_high, tl.zeros([N, M], tl.float32), EMULATE)
+    sum = _dot(a_high, b_low, sum, EMULATE)
+    return _dot(a_high, b_high, sum, EMULATE)
 
 
 @triton.jit
@@ -68,9 +83,9 @@ def _number(x):
 
 
 @triton.jit
-def unit_kernel(query, query_mix, key_weak, unit_rows, N, D: tl.constexpr, BLOCK_D: tl.constexpr,
+def unit_kernel(query, query_mix, key_weak, unit_rows, done, N, D: tl.constexpr, BLOCK_D: tl.constexpr,
                 BLOCK_N: tl.constexpr, DTYPE: tl.constexpr, EMULATE: tl.constexpr):  # fmt: skip
-    """The unit rows of q, m and v into `unit_rows` [3, N, D], in the dtype of the products."""
+    """The unit rows of q, m and v into `unit_rows` [3, N, D], in the dtype of the products; `done` = 0."""
     which = tl.program_id(1)
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = tl.arange(0, BLOCK_D)
@@ -84,6 +99,7 @@ def unit_kernel(query, query_mix, key_weak, unit_rows, N, D: tl.constexpr, BLOCK
         raw = tl.load(key_weak + offset, mask=valid, other=0.0).to(tl.float32)
     unit, _ = _unit(raw)
     tl.store(unit_rows + which * N * D + offset, _low(unit, DTYPE, EMULATE), mask=valid)
+    tl.store(done, 0)
 
 
 @triton.jit
@@ -115,8 +131,9 @@ def attend_kernel(unit_rows, bank, bank_weak, partial_mean, partial_lse, N, K, s
     column = tl.arange(0, BLOCK_D)
     row_valid = first_row + row < N
     column_valid = (column < D)[None, :]
+    valid = row_valid[:, None] & column_valid
     unit_rows += (which * N + first_row).to(tl.int64) * D
-    rows = tl.load(unit_rows + row[:, None] * D + column[None, :], mask=row_valid[:, None] & column_valid, other=0.0)
+    rows = tl.load(unit_rows + row[:, None] * D + column[None, :], mask=valid, other=0.0)
 
     if DTYPE == tl.float32:
         rows_high, rows_low = _tf32_parts(rows, EMULATE)
@@ -141,8 +158,7 @@ def attend_kernel(unit_rows, bank, bank_weak, partial_mean, partial_lse, N, K, s
             tile = tile.to(tl.float32)
         if DTYPE == tl.float32:
             tile_high, tile_low = _tf32_parts(tile, EMULATE)
-            logits = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-            logits = _dot_tf32x3(rows_high, rows_low, tile_high.T, tile_low.T, logits)
+            logits = _dot_tf32x3(rows_high, rows_low, tile_high.T, tile_low.T, BLOCK_N, BLOCK_K, EMULATE)
         else:
             logits = tl.dot(rows, tile.T)
         if MASKED:
@@ -158,7 +174,7 @@ def attend_kernel(unit_rows, bank, bank_weak, partial_mean, partial_lse, N, K, s
         total += tl.sum(p, axis=1)
         if DTYPE == tl.float32:
             p_high, p_low = _tf32_parts(p, EMULATE)
-            mean = _dot_tf32x3(p_high, p_low, tile_high, tile_low, mean)
+            mean += _dot_tf32x3(p_high, p_low, tile_high, tile_low, BLOCK_N, BLOCK_D, EMULATE)
         else:
             p = _low(p, DTYPE, EMULATE)
             # A product with ones sums what was rounded, at an eighth of the next product's cost for D = 128.
@@ -173,7 +189,7 @@ def attend_kernel(unit_rows, bank, bank_weak, partial_mean, partial_lse, N, K, s
     out = ((row_set * N + first_row) * splits + first_split + tl.program_id(2)).to(tl.int64)
     tl.store(partial_lse + out + row * splits, peak * scale + tl.log2(total), mask=row_valid)
     ptrs = partial_mean + out * D + row[:, None] * (splits * D) + column[None, :]
-    tl.store(ptrs, mean.to(partial_mean.dtype.element_ty), mask=row_valid[:, None] & column_valid)
+    tl.store(ptrs, mean.to(partial_mean.dtype.element_ty), mask=valid)
 
 
 @triton.jit
@@ -199,12 +215,25 @@ def _softplus(z):
 
 
 @triton.jit
+def _row_mean(losses, N):
+    """Of what other programs wrote: past the L1 cache, which does not hear of it."""
+    BLOCK: tl.constexpr = 1024
+    lanes = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, N, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        lanes += tl.load(losses + row, mask=row < N, other=0.0, cache_modifier=".cg")
+    return tl.sum(lanes, axis=0) / N
+
+
+@triton.jit
 def combine_kernel(query, query_mix, key, unit_rows, permutation, mix_ratio, partial_mean, partial_lse, row_losses,
-                   grad_query, grad_query_mix, N, splits, mix_ratio_stride, inverse_temperature,
+                   done, grads, total, parts, N, splits, mix_ratio_stride, inverse_temperature,
                    inverse_student_temperature, inverse_teacher_temperature, global_weight, local_weight,
                    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, GLOBAL: tl.constexpr,
                    LOCAL: tl.constexpr, ANCHOR_IS_QUERY: tl.constexpr):  # fmt: skip
-    """One row: its losses into `row_losses` [4, N], and ∂total/∂query and ∂total/∂query_mix [N, D]."""
+    """One row: its losses into `row_losses` [4, N], and ∂total/∂query and ∂total/∂query_mix into `grads` [1 + LOCAL, N,
+    D]. The row that is done last takes the means, always in the same order: `parts` [4] of instance, global, local and
+    teacher entropy, and `total`, their weighted sum."""
     LN_2: tl.constexpr = 0.6931471805599453
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
@@ -234,7 +263,7 @@ def combine_kernel(query, query_mix, key, unit_rows, permutation, mix_ratio, par
 
     # through the normalisation, and the mean over the batch: (g − ⟨g, q⟩ q)/(‖x‖ N)
     grad = (grad - tl.sum(grad * q, axis=0) * q) * (q_inverse / N)
-    tl.store(grad_query + here, grad, mask=inside)
+    tl.store(grads + here, grad, mask=inside)
 
     if LOCAL:
         lse, mean = _join(partial_mean, partial_lse, N + row, splits, D, BLOCK_D, BLOCK_S)
@@ -249,36 +278,24 @@ def combine_kernel(query, query_mix, key, unit_rows, permutation, mix_ratio, par
         tl.store(row_losses + 2 * N + row, _softplus(z))
         grad = (mean - target) * (_number(local_weight) * tl.sigmoid(z) * inverse_temperature)
         grad = (grad - tl.sum(grad * m, axis=0) * m) * (m_inverse / N)
-        tl.store(grad_query_mix + here, grad, mask=inside)
+        tl.store(grads + (N + row) * D + column, grad, mask=inside)
 
-
-@triton.jit
-def _row_mean(row_losses, N, BLOCK: tl.constexpr):
-    lanes = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, N, BLOCK):
-        row = start + tl.arange(0, BLOCK)
-        lanes += tl.load(row_losses + row, mask=row < N, other=0.0)
-    return tl.sum(lanes, axis=0) / N
-
-
-@triton.jit
-def mean_kernel(row_losses, total, parts, N, global_weight, local_weight, GLOBAL: tl.constexpr,
-                LOCAL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """`parts` [4] = means of instance, global, local, teacher entropy; `total` = their weighted sum."""
-    instance = _row_mean(row_losses, N, BLOCK)
-    loss = instance
-    global_relation = 0.0
-    local_relation = 0.0
-    entropy = 0.0
-    if GLOBAL:
-        global_relation = _row_mean(row_losses + N, N, BLOCK)
-        entropy = _row_mean(row_losses + 3 * N, N, BLOCK)
-        loss += _number(global_weight) * global_relation
-    if LOCAL:
-        local_relation = _row_mean(row_losses + 2 * N, N, BLOCK)
-        loss += _number(local_weight) * local_relation
-    tl.store(total, loss)
-    tl.store(parts, instance)
-    tl.store(parts + 1, global_relation)
-    tl.store(parts + 2, local_relation)
-    tl.store(parts + 3, entropy)
+    tl.debug_barrier()  # all of this row is written
+    if tl.atomic_add(done, 1, sem="acq_rel") == N - 1:
+        instance = _row_mean(row_losses, N)
+        loss = instance
+        global_relation = 0.0
+        local_relation = 0.0
+        entropy = 0.0
+        if GLOBAL:
+            global_relation = _row_mean(row_losses + N, N)
+            entropy = _row_mean(row_losses + 3 * N, N)
+            loss += _number(global_weight) * global_relation
+        if LOCAL:
+            local_relation = _row_mean(row_losses + 2 * N, N)
+            loss += _number(local_weight) * local_relation
+        tl.store(total, loss)
+        tl.store(parts, instance)
+        tl.store(parts + 1, global_relation)
+        tl.store(parts + 2, local_relation)
+        tl.store(parts + 3, entropy)

@@ -32,13 +32,13 @@ Through the normalisation q = x/‖x‖ (a zero row stays zero, with zero gradie
 Unit rows bound every logit: ⟨x, a_j⟩/τ ≤ 1/τ. So 1/τ serves as the maximum that softmax subtracts, and no running
 maximum is needed while exp(−2/τ) is a normal float32 with room for its low bits (τ ≥ 0.026).
 
-Four launches of the kernels in `relation_kernels.py`, and no atomics, so the same inputs give the same bits:
+Three launches of the kernels in `relation_kernels.py`, and every sum in a fixed order, so the same inputs give the same
+bits:
   1. `unit_kernel`: the unit rows q, m and v, rounded to the bank's dtype.
   2. `attend_kernel`: lse and O of each (row tile, row set, bank split), as in flash-decoding: N is small, K is large.
      The row sets are q|A, m|A, q|B and v|B. A bank tile is loaded once for both products. (Launched once more for the
      rest of K when it is no multiple of the tile.)
-  3. `combine_kernel`: joins a row's splits, then the formulas above.
-  4. `mean_kernel`: the means over the batch, and the total.
+  3. `combine_kernel`: joins a row's splits, then the formulas above; the last row to be done takes the means.
 
 The products run in the bank's dtype with float32 sums: rows are rounded to it (q̂), and so are the exponentials before
 the second product. Two corrections cost next to nothing:
@@ -49,6 +49,7 @@ the second product. Two corrections cost next to nothing:
 
 import math
 from contextlib import nullcontext
+from itertools import zip_longest
 
 import torch
 import triton
@@ -83,8 +84,9 @@ def _forward(
     local_weight: float,
     local_weight_tensor: Tensor | None,
     anchor_is_query: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`total` [], `parts` [4], and the gradients of `total` for query and query_mix, float32 [N, D] ([0] if off).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`total` [], `parts` [4], and the gradients of `total` for query, and for query_mix if there is one, float32
+    [1 or 2, N, D].
 
     A term is off when its tensors are None. A tensor beside a number replaces it.
     """
@@ -113,8 +115,8 @@ def _forward(
     partial_mean = new(row_sets, rows, plan.splits, width, dtype=plan.partial_dtype)
     partial_lse = new(row_sets, rows, plan.splits)
     row_losses = new(4, rows)
-    total, parts = new(), new(4)
-    grad_query, grad_query_mix = new(rows, width), new(rows, width) if has_local else new(0)
+    done = new(dtype=torch.int32)
+    total, parts, grads = new(), new(4), new(1 + has_local, rows, width)
 
     with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
         relation_kernels.unit_kernel[(triton.cdiv(rows, 16), 3)](
@@ -122,6 +124,7 @@ def _forward(
             query_mix,
             key_weak,
             unit_rows,
+            done,
             rows,
             D=width,
             BLOCK_D=plan.block_d,
@@ -171,8 +174,10 @@ def _forward(
             partial_mean,
             partial_lse,
             row_losses,
-            grad_query,
-            grad_query_mix,
+            done,
+            grads,
+            total,
+            parts,
             rows,
             plan.splits,
             0 if mix_ratio_tensor is None or mix_ratio_tensor.dim() == 0 else mix_ratio_tensor.stride(0),
@@ -189,19 +194,7 @@ def _forward(
             num_warps=COMBINE_WARPS,
             enable_fp_fusion=True,
         )
-        relation_kernels.mean_kernel[(1,)](
-            row_losses,
-            total,
-            parts,
-            rows,
-            *weights,
-            GLOBAL=has_global,
-            LOCAL=has_local,
-            BLOCK=1024,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
-    return total, parts, grad_query, grad_query_mix
+    return total, parts, grads
 
 
 def _row_major(bank: Tensor) -> Tensor:
@@ -209,33 +202,48 @@ def _row_major(bank: Tensor) -> Tensor:
     return bank if bank.stride(1) == 1 else bank.contiguous()
 
 
-relation_loss_op = torch.library.custom_op("reco_fast::relation_loss", _forward, mutates_args=())
-
-
-@relation_loss_op.register_fake
-def _(query: Tensor, query_mix: Tensor | None, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    def new(shape: tuple[int, ...]) -> Tensor:
-        return query.new_empty(shape, dtype=torch.float32)
-
-    return new(()), new((4,)), new(tuple(query.shape)), new((0,) if query_mix is None else tuple(query.shape))
-
-
 def _setup_context(ctx, inputs, output) -> None:
-    _, _, grad_query, grad_query_mix = output
-    ctx.save_for_backward(grad_query, grad_query_mix, *inputs[:2])
+    ctx.save_for_backward(output[2], *inputs[:2])
 
 
 def _backward(ctx, grad_total: Tensor, *_: object) -> tuple[Tensor | None, ...]:
     """The gradients are there already: they are only scaled."""
-    gradients, inputs = ctx.saved_tensors[:2], ctx.saved_tensors[2:]
-    grads = (
-        differentiable_once((grad * grad_total).to(x.dtype), x, "triton") if x is not None and needed else None
-        for grad, x, needed in zip(gradients, inputs, ctx.needs_input_grad, strict=False)
+    grads, *inputs = ctx.saved_tensors
+    scaled = (grads * grad_total).unbind()
+    given = [x if needed else None for x, needed in zip(inputs, ctx.needs_input_grad, strict=False)]
+    found = (
+        None if x is None else differentiable_once(grad.to(x.dtype), x, "triton")
+        for grad, x in zip_longest(scaled, given)
     )
-    return *grads, *[None] * (len(ctx.needs_input_grad) - 2)
+    return *found, *[None] * (len(ctx.needs_input_grad) - 2)
 
 
+class _RelationLoss(torch.autograd.Function):
+    """What `relation_loss_op` does, for code that is not compiled: the dispatcher of custom operators and its autograd
+    take five times as long on the host as all else here."""
+
+    @staticmethod
+    def forward(*inputs) -> tuple[Tensor, Tensor, Tensor]:
+        return _forward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        _setup_context(ctx, inputs, output)
+
+    backward = staticmethod(_backward)
+
+
+relation_loss_op = torch.library.custom_op("reco_fast::relation_loss", _forward, mutates_args=())
 relation_loss_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@relation_loss_op.register_fake
+def _(query: Tensor, query_mix: Tensor | None, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    def new(*shape: int) -> Tensor:
+        return query.new_empty(shape, dtype=torch.float32)
+
+    return new(), new(4), new(1 if query_mix is None else 2, *query.shape)
 
 
 def reco_loss_triton(
@@ -255,12 +263,13 @@ def reco_loss_triton(
     local_weight: float | Tensor,
     mix_anchor: str,
 ) -> ReCoLossOutput:
-    """The loss and its gradients in O(N·D·splits) memory, four kernels. Arguments as in `reco_fast.reco_loss`.
+    """The loss and its gradients in O(N·D·splits) memory, three kernels. Arguments as in `reco_fast.reco_loss`.
 
     D is at most 256. Products run in the banks' dtype: bfloat16, or float32 by three TF32 products (`tf32x3`).
     """
     has_global, has_local = not is_off(global_weight), not is_off(local_weight)
-    total, parts, _, _ = relation_loss_op(
+    function = relation_loss_op if torch.compiler.is_compiling() else _RelationLoss.apply
+    total, parts, _ = function(
         query,
         query_mix if has_local else None,
         key.detach(),

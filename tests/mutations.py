@@ -18,8 +18,8 @@ SOURCES = ("relation_kernels.py", "relation_loss.py")  # of kernels/
 
 # Name: what stands in one of the sources, and what stands there instead.
 MUTATIONS = {
-    "gradient of query zeroed": ("grad_query + here, grad,", "grad_query + here, grad * 0,"),
-    "gradient of query_mix zeroed": ("grad_query_mix + here, grad,", "grad_query_mix + here, grad * 0,"),
+    "gradient of query zeroed": ("grads + here, grad,", "grads + here, grad * 0,"),
+    "gradient of query_mix zeroed": ("D + column, grad,", "D + column, grad * 0,"),
     "gradient not sent through the normalisation": ("grad - tl.sum(grad * q, axis=0) * q)", "grad)"),
     "global term dropped from the loss": ("loss += _number(global_weight) * global_relation", "loss += 0"),
     "global term dropped from the gradient": ("grad += (mean_s - mean_t)", "grad += 0 * (mean_s - mean_t)"),
@@ -34,10 +34,16 @@ MUTATIONS = {
     "mix ratio of the first row for all": ("mix_ratio + row * mix_ratio_stride", "mix_ratio + row * 0"),
     "anchor swapped": ("(q if ANCHOR_IS_QUERY else k)", "(k if ANCHOR_IS_QUERY else q)"),
     "rounded sum not used": ("mean *= (1 / divisor)", "mean *= (1.01 / divisor)"),
-    "upstream gradient ignored": ("(grad * grad_total)", "grad"),
+    "upstream gradient ignored": ("(grads * grad_total)", "grads"),
     "mean over the batch taken as a sum": ("(q_inverse / N)", "q_inverse"),
-    "first TF32 product of three dropped": ("tl.dot(a_low, b_high, sum,", "tl.dot(a_low * 0, b_high, sum,"),
-    "second TF32 product of three dropped": ("tl.dot(a_high, b_low, sum,", "tl.dot(a_high, b_low * 0, sum,"),
+    "means taken before the last row": ("== N - 1", "== 0"),
+    "first TF32 product of three dropped": ("_dot(a_low, b_high,", "_dot(a_low * 0, b_high,"),
+    "second TF32 product of three dropped": ("_dot(a_high, b_low,", "_dot(a_high, b_low * 0,"),
+    "TF32 sum of a split left in the tensor cores": (
+        "mean += _dot_tf32x3(p_high, p_low, tile_high, tile_low, BLOCK_N, BLOCK_D, EMULATE)",
+        "mean = _dot(p_high, tile_high, _dot(p_high, tile_low, _dot(p_low, tile_high, mean, EMULATE), EMULATE),"
+        " EMULATE)",
+    ),
 }  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from reco_fast.kernels import launch, relation_loss  # noqa: E402
 from reco_fast.kernels.reference import reco_loss_torch  # noqa: E402
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
+LONG = "TF32 sum of a split left in the tensor cores"  # the mutation that shows only there
 on_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a GPU: too large for the interpreter, or a property of CUDA")
 fused = relation_loss.reco_loss_triton
 DTYPES = {
@@ -49,11 +50,11 @@ def _poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def check(implementation: Callable[..., ReCoLossOutput], problem: Problem) -> None:
+def check(implementation: Callable[..., ReCoLossOutput], problem: Problem, expected: Result | None = None) -> None:
     """The bounds of the project: by the dtype of the bank, and of the rows, in which the gradients are returned."""
     low = problem.bank.dtype != torch.float32 or problem.query.dtype != torch.float32
     loss, grad = (2e-3, 5e-3) if low else (1e-6, 1e-5)
-    found = errors(run(implementation, problem), solve(problem))
+    found = errors(run(implementation, problem), solve(problem) if expected is None else expected)
     assert found.total < loss
     assert found.parts < 10 * loss
     assert found.grad_query < grad
@@ -120,13 +121,12 @@ def test_no_worse_than_eager_autocast(kind: str) -> None:
 
 
 def test_rows_too_short_to_normalise_count_as_zero() -> None:
-    problem = make_problem("random", 5, 40, 64, device=DEVICE)
-    problem.query[0] *= 1e-21
-    problem.key[1] *= 1e-21
-    found, expected = run(fused, problem), run(reco_loss_torch, problem)
-    assert not found.grad_query[0].any()
-    np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-6)
-    np.testing.assert_allclose(found.grad_query[1:], expected.grad_query[1:], rtol=1e-3, atol=1e-6)
+    problem, zeroed = (make_problem("random", 5, 40, 64, device=DEVICE) for _ in range(2))
+    for given, factor in ((problem, 1e-21), (zeroed, 0.0)):
+        given.query[0] *= factor
+        given.key[1] *= factor
+    assert not run(fused, problem).grad_query[0].any()
+    check(fused, problem, solve(zeroed))
 
 
 def test_a_row_that_is_not_finite_shows_in_the_loss() -> None:
@@ -279,9 +279,31 @@ def test_a_million_negatives() -> None:
     check(fused, problem)
 
 
+@pytest.fixture
+def _one_split(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every bank as one split, as it is with many rows."""
+    monkeypatch.setattr(launch, "MOST_SPLITS", 2)  # one is kept for a tail
+    launch.plan.cache_clear()
+    yield
+    launch.plan.cache_clear()
+
+
+def long_split() -> Problem:
+    return make_problem("clustered", 2, 16384, 64, *DTYPES["fp32"], DEVICE, global_weight=0, local_weight=0)
+
+
+@pytest.mark.usefixtures("_one_split")
+def test_float32_holds_over_a_long_split() -> None:
+    """Tensor cores cut their sums, and a split has as many as bank tiles."""
+    assert launch.plan(2, 16384, 64, 1, torch.float32, torch.device(DEVICE)).splits == 1
+    check(fused, long_split())
+
+
 # Each mutation of the source makes `check` fail on this problem, and unmutated it passes.
 def mutation_problem(mutation: str = "") -> Problem:
     """Several splits and a tail, in bfloat16 since its bounds are the wide ones; the last bank row matters."""
+    if mutation == LONG:
+        return long_split()
     problem = make_problem("clustered", 5, 200, 64, *DTYPES["fp32" if "TF32" in mutation else "bf16"], DEVICE)
     for bank in (problem.bank, problem.bank_weak):
         bank[-1] = torch.nn.functional.normalize(problem.query[0].float(), dim=0)
@@ -317,7 +339,9 @@ def test_the_mutations_start_from_a_kernel_that_passes(
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
-def test_a_mutated_kernel_fails(mutation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mutated_kernel_fails(mutation: str, tmp_path: Path, request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if mutation == LONG:
+        request.getfixturevalue("_one_split")
     implementation = mutant(mutation, tmp_path, monkeypatch).reco_loss_triton
     with pytest.raises(AssertionError):
         check(implementation, mutation_problem(mutation))
