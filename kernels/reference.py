@@ -7,7 +7,7 @@ attention whose keys and values are the bank, so PyTorch's own attention kernels
 Source of the objective: Zhang et al., arXiv 2211.01796, section 3; temperatures as in the first author's code.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -184,35 +184,44 @@ class _DifferentiableOnce(torch.autograd.Function):
         raise RuntimeError(f'impl: "{ctx.impl}" has no second derivative; expected "torch" where one is needed')
 
 
-def _attend_in_splits(x: Tensor, bank: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention of `x` [N, D] over `bank` [K, D], the bank cut into splits that ride in the batch dimension.
+class CudaAttention(NamedTuple):
+    """How a bank in half precision meets PyTorch's attention on a GPU."""
 
-    N is small and K large, so on a GPU only the splits give every multiprocessor work (flash-decoding).
-    """
+    kernel: Literal["flash", "cudnn"] = "flash"
+    programs: int = 2
+    """Row tiles of 128 for each multiprocessor, by cutting the bank into splits that ride in the batch dimension
+    (flash-decoding): N is small and K large. 0: the kernel cuts the bank itself, if at all."""
+
+
+CUDA_ATTENTION = CudaAttention()
+
+
+def _attend_in_splits(x: Tensor, bank: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of `x` [N, D] over `bank` [K, D]: log-sum-exp [N] and mean [N, D], float32."""
     length = len(bank)
     splits = _split_count(len(x), length, x.device)
     body = length - length % splits
     parts = [_attend(x.expand(splits, *x.shape), bank[:body].view(splits, body // splits, -1), scale)]
     if body < length:
         parts.append(_attend(x[None], bank[None, body:], scale))
-    lse = torch.cat([part_lse for part_lse, _ in parts])
-    mean = torch.cat([part_mean for _, part_mean in parts])
+    lse, mean = (torch.cat(part) if len(part) > 1 else part[0] for part in zip(*parts, strict=True))
     if len(lse) == 1:
-        return lse[0], mean[0]
+        return lse[0], mean[0].float()
     total = torch.logsumexp(lse, dim=0)
-    return total, ((lse - total).exp()[..., None] * mean).sum(dim=0)
+    share = (lse - total).exp().to(mean.dtype)
+    return total, torch.bmm(share.T[:, None], mean.transpose(0, 1))[:, 0].float()
 
 
 def _split_count(rows: int, length: int, device: torch.device) -> int:
-    if device.type != "cuda":
+    if device.type != "cuda" or CUDA_ATTENTION.programs == 0:
         return 1
-    # About two 128-row tiles for each multiprocessor, and no split shorter than 512 bank rows.
-    wanted = 2 * torch.cuda.get_device_properties(device).multi_processor_count // max(1, -(-rows // 128))
-    return max(1, min(wanted, length // 512))
+    tiles = CUDA_ATTENTION.programs * torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(tiles // -(-rows // 128), length // 512))  # none shorter than 512 bank rows
 
 
 def _attend(x: Tensor, bank: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """PyTorch's attention kernel that also returns the log-sum-exp. `x` [S, N, D], `bank` [S, K, D]."""
+    """PyTorch's attention kernel that also returns the log-sum-exp. `x` [S, N, D], `bank` [S, K, D]; [S, N] float32 and
+    [S, N, D]."""
     rows = x.shape[1]
     width = x.shape[2]
     pad = -width % 8  # the CUDA kernels want rows of whole 16-byte words
@@ -223,6 +232,9 @@ def _attend(x: Tensor, bank: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(x, bank, bank, scale=scale)
     elif x.dtype == torch.float32:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(x, bank, bank, None, True, scale=scale)
+    elif CUDA_ATTENTION.kernel == "cudnn":
+        x = x.contiguous()  # cuDNN takes no rows that share memory
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(x, bank, bank, None, True, scale=scale)
     else:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(x, bank, bank, scale=scale)
-    return lse.view(len(x), -1)[:, :rows].float(), out[:, 0, :, :width].float()
+    return lse.reshape(len(x), -1)[:, :rows].float(), out[:, 0, :, :width]

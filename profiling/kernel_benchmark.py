@@ -25,7 +25,7 @@ from torch import Tensor
 
 from reco_fast.json_files import write_json, write_text
 from reco_fast.kernels import launch
-from reco_fast.kernels.reference import BFLOAT16_ATTENTION, reco_loss_sdpa, reco_loss_torch
+from reco_fast.kernels.reference import BFLOAT16_ATTENTION, CudaAttention, reco_loss_sdpa, reco_loss_torch
 from reco_fast.run_folder import environment
 
 SETTINGS: dict[str, Any] = {
@@ -89,17 +89,30 @@ def _sdpa_bfloat16(*arguments: Any, **settings: Any) -> Any:
         return reco_loss_sdpa(*arguments, **settings)
 
 
-# Name: the function and the dtype of its banks. `sdpa-bfloat16` leaves out the copy of the banks that gives `sdpa` its
-# accuracy: the fastest that PyTorch's attention can be, whatever its gradients. `compiled` is torch.compile of
-# `autocast`, which is the definition under bfloat16 autocast; `fp32` is the definition as it stands.
+def _sdpa_by(attention: CudaAttention) -> Callable[..., Any]:
+    def function(*arguments: Any, **settings: Any) -> Any:
+        with patch("reco_fast.kernels.reference.CUDA_ATTENTION", attention):
+            return reco_loss_sdpa(*arguments, **settings)
+
+    return function
+
+
+# Name: the function and the dtype of its banks. The `sdpa`s are PyTorch's attention: flash attention with the bank's
+# splits folded into the batch, unfolded, and cuDNN's; `sdpa-bfloat16` leaves out the copy of the banks that gives
+# `sdpa` its accuracy: the fastest that it can be, whatever its gradients. `compiled` is torch.compile of `autocast`,
+# which is the definition under bfloat16 autocast; `fp32` is the definition as it stands.
 IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], torch.dtype]] = {
     "triton": (_triton, torch.bfloat16),
+    "triton-fp32": (_triton, torch.float32),
     "sdpa": (reco_loss_sdpa, torch.bfloat16),
     "sdpa-bfloat16": (_sdpa_bfloat16, torch.bfloat16),
+    "sdpa-unfolded": (_sdpa_by(CudaAttention(programs=0)), torch.bfloat16),
+    "sdpa-cudnn": (_sdpa_by(CudaAttention("cudnn", programs=1)), torch.bfloat16),
     "compiled": (_compiled, torch.bfloat16),
     "autocast": (_autocast, torch.bfloat16),
     "fp32": (reco_loss_torch, torch.float32),
 }
+ON_CPU = ("sdpa", "sdpa-bfloat16", "autocast", "fp32")
 
 
 class Step:
@@ -171,7 +184,7 @@ def _time_on_gpu(step: Step, result: Result) -> None:
     result.milliseconds, result.launches = statistics.median(times), len(times)
 
 
-def event_times(run: Callable[[], Any], seconds: float = 1.0) -> list[float]:
+def event_times(run: Callable[[], Any], seconds: float = 0.3) -> list[float]:
     """Milliseconds of each of many calls by device events, the L2 cache emptied before each."""
     flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
 
@@ -327,7 +340,7 @@ def main() -> None:
     on_gpu = device.type == "cuda"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    available = list(IMPLEMENTATIONS) if on_gpu else ["sdpa", "sdpa-bfloat16", "autocast", "fp32"]
+    available = list(IMPLEMENTATIONS) if on_gpu else list(ON_CPU)
     parser.add_argument("--only", nargs="+", choices=available, default=available)
     parser.add_argument("--rows", nargs="+", type=int, default=GPU_ROWS if on_gpu else CPU_ROWS)
     parser.add_argument("--lengths", nargs="+", type=int, default=GPU_LENGTHS if on_gpu else CPU_LENGTHS)

@@ -10,13 +10,12 @@ import pytest
 import torch
 
 from reco_fast.profiling import kernel_benchmark, launch_table
-from reco_fast.profiling.kernel_benchmark import IMPLEMENTATIONS, Report, Result, Step, ceilings, measure
+from reco_fast.profiling.kernel_benchmark import IMPLEMENTATIONS, ON_CPU, Report, Result, Step, ceilings, measure
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 ROWS = kernel_benchmark.GPU_ROWS if HAS_GPU else kernel_benchmark.CPU_ROWS
 LENGTHS = kernel_benchmark.GPU_LENGTHS if HAS_GPU else kernel_benchmark.CPU_LENGTHS
-NEEDS_GPU = {"triton", "compiled"}  # Triton has no CPU; torch.compile would need a C++ compiler
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +36,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_forward_and_backward(benchmark: Any, request: Any, name: str, rows: int, length: int) -> None:
-    if name in NEEDS_GPU and not HAS_GPU:
+    if name not in ON_CPU and not HAS_GPU:
         pytest.skip(f"{name} is timed on a GPU only")
     if not request.config.getoption("--benchmark"):
         total, *grads = Step(name, rows, length, DEVICE)()

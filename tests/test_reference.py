@@ -5,7 +5,8 @@ import pytest
 import torch
 from float64_reference import KINDS, Problem, errors, make_problem, run, solve
 
-from reco_fast.kernels.reference import BFLOAT16_ATTENTION, reco_loss_sdpa, reco_loss_torch
+from reco_fast.kernels import reference
+from reco_fast.kernels.reference import BFLOAT16_ATTENTION, CudaAttention, reco_loss_sdpa, reco_loss_torch
 
 IMPLEMENTATIONS = {"torch": reco_loss_torch, "sdpa": reco_loss_sdpa}
 
@@ -85,3 +86,18 @@ def test_attention_in_float16_as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_bfloat16_bank(implementation) -> None:  # type: ignore[no-untyped-def]
     problem = make_problem("random", 64, 4096, row_dtype=torch.bfloat16, bank_dtype=torch.bfloat16)
     check(implementation, problem, loss=2e-3, grad=5e-3)
+
+
+def test_splits_of_a_bank_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: seven splits and a rest."""
+    monkeypatch.setattr(reference, "_split_count", lambda *_: 7)
+    check(reco_loss_sdpa, make_problem("clustered", 16, 1000))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("attention", [CudaAttention(), CudaAttention(programs=0), CudaAttention("cudnn", 1)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_attention_of_a_gpu(attention: CudaAttention, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "CUDA_ATTENTION", attention)
+    problem = make_problem(kind, 100, 5001, bank_dtype=torch.bfloat16, device="cuda")
+    check(reco_loss_sdpa, problem, loss=2e-3, grad=5e-3)
