@@ -9,6 +9,7 @@ lightly: Lightly's MoCo (`lightly_moco.py`), as its example has it in float32 an
     also end to end, each with its own loader on the same image files.
 supervised: labels, cross-entropy and the same backbone with the same settings; by counted operations, 3 encoder passes
     an image against 8, a step should reach 3/8 of its images/s.
+launches: ours and supervised again, eager and captured as a CUDA graph (on a GPU; --warmup 6 has the capture before).
 torchvision: the loaders, by `loader_benchmark.py`, on the images of --data.path.
 
 The contestants take turns in one process; a ratio is the median over the rounds of the ratios within a round. Writes
@@ -40,7 +41,7 @@ from reco_fast.profiling.contestants import Contestant
 from reco_fast.run_folder import environment
 from reco_fast.state import pick_device, pick_precision
 
-Opponent = Literal["naive", "lightly", "supervised", "torchvision"]
+Opponent = Literal["naive", "lightly", "supervised", "launches", "torchvision"]
 OPPONENTS = get_args(Opponent)
 BOUND = 3 / 8  # 3 forward-units an image against 8: two forward-backward passes and two forward ones
 
@@ -52,6 +53,11 @@ STEPS: dict[str, dict[str, Callable[[Config, torch.device], Contestant]]] = {
         "lightly, autocast": partial(contestants.lightly, autocast=True),
     },
     "supervised": {"supervised": contestants.supervised},
+    "launches": {
+        f"{name}, {way}": partial(contestants.launched, make, **settings)
+        for name, make in (("ours", contestants.trainer), ("supervised", contestants.supervised))
+        for way, settings in (("eager", {"compile": False}), ("captured", {"compile": True, "cuda_graph": True}))
+    },
 }
 """Who comes for each opponent, by the name in the tables."""
 
@@ -115,15 +121,21 @@ def take_turn(step: Callable[[], object], steps: int, device: torch.device) -> T
 
 
 def compare_steps(benchmark: Benchmark, entered: Mapping[str, Contestant], device: torch.device) -> dict[str, Any]:
-    """Each on a batch in memory, again and again. `rounds`: every turn; `results`: what `_summary` says."""
+    """Each on a batch in memory, again and again. `rounds`: every turn; `results`: what `_summary` says; `left_out`:
+    who needs more memory than there is."""
 
     def turn(name: str, steps: int) -> Turn:
         contestant = entered[name]
         return take_turn(lambda: contestant.train(contestant.views), steps, device)
 
+    left_out = []
     for name in entered:
-        turn(name, benchmark.warmup)
-    turns = _alternate(list(entered), benchmark.rounds, lambda name: turn(name, benchmark.steps))
+        try:
+            turn(name, benchmark.warmup)
+        except torch.OutOfMemoryError:
+            left_out.append(name)
+    names = [name for name in entered if name not in left_out]
+    turns = _alternate(names, benchmark.rounds, lambda name: turn(name, benchmark.steps))
     results = _summary(turns, benchmark.train.batch_size)
     for name, row in results.items():
         cpu = [round_[name].cpu_seconds_per_step / round_["ours"].cpu_seconds_per_step for round_ in turns]
@@ -131,9 +143,12 @@ def compare_steps(benchmark: Benchmark, entered: Mapping[str, Contestant], devic
         row["cpu_time_ratio"], row["cpu_time_ratio_range"] = statistics.median(cpu), [min(cpu), max(cpu)]
         peak = max(round_[name].peak_bytes for round_ in turns)
         row["step_memory_mib"] = peak / 2**20 if device.type == "cuda" else None
-    if "supervised" in results:
-        results["supervised"]["ours_share_of_bound"] = results["supervised"]["ours_times_as_fast"] / BOUND
-    return {"results": results, "rounds": _plain(turns)}
+    for name in results:
+        ours = name.replace("supervised", "ours")
+        if name != ours and ours in results:
+            shares = [turn[name].seconds_per_step / turn[ours].seconds_per_step / BOUND for turn in turns]
+            results[name]["ours_share_of_bound"] = statistics.median(shares)
+    return {"results": results, "rounds": _plain(turns), "left_out": left_out}
 
 
 def compare_end_to_end(benchmark: Benchmark, entered: Mapping[str, Contestant], device: torch.device) -> dict[str, Any]:
@@ -200,10 +215,15 @@ def markdown(report: dict[str, Any]) -> str:
     for part in ("steps", "end_to_end"):
         if part in report:
             lines += ["", *_table(part.replace("_", " "), report[part]["results"])]
-    bound = report.get("steps", {}).get("results", {}).get("supervised")
-    if bound is not None:
-        share = 100 * bound["ours_share_of_bound"]
-        lines += ["", f"Of the bound, 3/8 of supervised images/s, the step reaches {share:.0f} %."]
+    steps = report.get("steps", {"results": {}})
+    shares = {
+        name: row["ours_share_of_bound"] for name, row in steps["results"].items() if "ours_share_of_bound" in row
+    }
+    if shares:
+        said = ", ".join(f"{100 * share:.0f} %{name.removeprefix('supervised')}" for name, share in shares.items())
+        lines += ["", f"Of the bound, 3/8 of supervised images/s, the step reaches {said}."]
+    if steps.get("left_out"):
+        lines += ["", f"Out of memory: {', '.join(steps['left_out'])}."]
     if "loaders" in report:
         lines += ["", "| loader | images/s | × torchvision |", "|---|---|---|"]
         for name, row in report["loaders"]["results"].items():
@@ -291,6 +311,8 @@ def check(benchmark: Benchmark) -> None:
             f"--model.bank-size: expected a multiple of the batch {config.train.batch_size} for --against naive, "
             f"got {config.model.bank_size}"
         )
+    if "launches" in benchmark.against and pick_device(config.train.device).type != "cuda":
+        raise ConfigError("--against launches: expected a CUDA device, which has graphs")
     if "torchvision" in benchmark.against and config.data.path is None:
         raise ConfigError("--data.path: expected a folder of images for --against torchvision, got nothing")
 

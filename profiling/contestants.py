@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from reco_fast import distributed
 from reco_fast.config import Config, ConfigError
+from reco_fast.cuda_graph import CudaBackend, Graphed
 from reco_fast.data import open_training_loader
 from reco_fast.kernels.winograd import use_winograd
 from reco_fast.model import build_encoder
@@ -80,18 +81,30 @@ def supervised(config: Config, device: torch.device) -> Contestant:
     compiled = config.train.compile if config.train.compile is not None else device.type == "cuda"
     run: Callable[..., Any] = torch.compile(model) if compiled else model
     labels = torch.randint(CLASSES, (config.train.batch_size,), device=device)
+    graphed = Graphed(CudaBackend()) if config.train.cuda_graph else None
 
-    def train(views: Views) -> None:
+    def step(view: Tensor) -> Tensor:
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            loss = F.cross_entropy(run(views[0]).float(), labels)
+            loss = F.cross_entropy(run(view).float(), labels)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def train(views: Views) -> Tensor:
+        return step(views[0]) if graphed is None else graphed(step, views[0])
 
     dtype = _view_dtype(config, device)
     (view,) = _random_views(config, device, 1)
     return Contestant(train, (view.to(dtype=dtype, memory_format=torch.channels_last),))
+
+
+def launched(
+    make: Callable[[Config, torch.device], Contestant], config: Config, device: torch.device, **settings: bool
+) -> Contestant:
+    """A contestant with other settings of `config.train`."""
+    return make(replace(config, train=replace(config.train, **settings)), device)
 
 
 def lightly(config: Config, device: torch.device, *, autocast: bool) -> Contestant:

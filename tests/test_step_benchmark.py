@@ -136,6 +136,41 @@ def test_the_benchmark_leaves_its_figures_with_what_they_were_measured_on(
     assert (tmp_path / "out" / "step.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_who_needs_more_memory_than_there_is_is_left_out_and_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+
+    def too_large(views: tuple[Tensor, ...]) -> None:
+        raise torch.OutOfMemoryError("made up")
+
+    def naive(config: Config, device: torch.device) -> contestants.Contestant:
+        return contestants.naive(config, device)._replace(train=too_large)
+
+    monkeypatch.setitem(benchmark.STEPS, "naive", {"naive": naive})
+    assert run(monkeypatch, "--against", "naive,supervised", "--output", tmp_path) == 0
+    steps = json.loads((tmp_path / "step.json").read_text())["steps"]
+    assert steps["left_out"] == ["naive"]
+    assert set(steps["results"]) == {"ours", "supervised"}
+    assert "Out of memory: naive." in (tmp_path / "step.md").read_text()
+
+
+def test_each_way_to_launch_has_its_own_bound(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    eager = {name: make for name, make in benchmark.STEPS["launches"].items() if name.endswith("eager")}
+    monkeypatch.setitem(benchmark.STEPS, "supervised", benchmark.STEPS["supervised"] | eager)
+    assert run(monkeypatch, "--against", "supervised", "--output", tmp_path) == 0
+    steps = json.loads((tmp_path / "step.json").read_text())["steps"]
+    assert {"ours, eager", "supervised, eager"} <= set(steps["results"])
+    (first, second) = (
+        turn["supervised, eager"]["seconds_per_step"] / turn["ours, eager"]["seconds_per_step"]
+        for turn in steps["rounds"]
+    )
+    share = steps["results"]["supervised, eager"]["ours_share_of_bound"]
+    assert share == pytest.approx((first + second) / 2 * 8 / 3)
+    assert f"{100 * share:.0f} %, eager." in (tmp_path / "step.md").read_text()
+
+
 def test_lightly_is_compared_by_the_step_and_from_the_same_files(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, photographs: Path
 ) -> None:
@@ -242,6 +277,7 @@ def test_auto_precision_asks_what_onednn_may_use(
         (("--against", "torchvision"), "--data.path"),
         (("--model.bank-size", 40), "--model.bank-size"),
         (("--loss.objective", "moco"), "--loss.objective"),
+        (("--against", "launches"), "--against launches: expected a CUDA device"),
         (("--rounds", 0), "--rounds"),
         (("--against", "lightning"), "lightning"),
     ],
