@@ -1,30 +1,43 @@
-"""Everything that has to be seen on a GPU, unattended, each result written as soon as it is there.
+"""Everything that has to be seen on a GPU, unattended and within a budget of seconds.
 
-    python -m reco_fast.profiling.gpu_session --output DIR [--only NAME ...] [--data.path IMAGES] [--photographs DIR]
+    python -m reco_fast.profiling.gpu_session --output DIR --budget SECONDS [--only NAME ...]
+        [--data.path IMAGES] [--photographs DIR]
 
-Each part is one or more commands with a time limit of under ten minutes together; their output goes to
-`DIR/NAME.log`, what they took and how they ended to `DIR/session.json`. One that fails or runs out of time does not
-keep the others from running. Parts of an earlier call stay in `session.json`; the quality parts go on where they were.
-Ends with 1 where a part failed. `--tiny` rehearses the parts with small models and few steps, on any machine.
+First what is only right or wrong, side by side; then what is timed, each alone on the machine, in the order of what
+matters. A part is commands with a limit of seconds together. Its output is in `DIR/NAME.log`, how it ended in
+`DIR/session.json`; one that fails or runs out of time keeps no other from running, and one that no longer fits in the
+budget is left out and named. After each part all results are packed again as one file, `DIR.tar.gz`, so that a session
+cut short leaves what it has seen. Ends with 1 where a part failed or was left out. `--tiny` rehearses the parts with
+small models and few steps, on any machine.
 """
 
 import argparse
 import contextlib
 import importlib.util
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 from reco_fast.json_files import write_json
 from reco_fast.run_folder import environment
 
 HERE = Path(__file__).resolve().parents[1]
-GRACE = 40  # seconds for a run that is stopped to leave its checkpoint
+GRACE = 10  # seconds for a command that is stopped to save what it has
+PACK_BYTES = 15 * 2**20
+KEPT = (".json", ".jsonl", ".json.gz", ".md", ".png", ".txt", ".log")  # in the pack; no weights and no pickles
+LOG_BYTES = 200_000  # of a log, its end
 TINY = {
     "train": "--model.arch timm/test_resnet --model.bank-size 64 --train.batch-size 16 --train.max-steps 12 "
     "--model.key-norm batch --run.log-every 2",
@@ -35,133 +48,249 @@ TINY = {
     "profiling.kernel_benchmark": "--rows 16 --lengths 256",
     "profiling.loader_benchmark": "--batch-size 8 --batches 2 --rounds 1",
     "pytest": "--collect-only",
+    "accuracy": "--kinds random --rows 1 --lengths 65",
 }
 
 
 class Part(NamedTuple):
-    minutes: float
+    seconds: int
     commands: list[list[str]]
+    timed: bool = True
+    """Else its figures do not depend on what runs beside it."""
 
 
 def parts(output: Path, images: Path | None, photographs: Path | None, tiny: bool) -> dict[str, Part]:
     """By name, in the order of what matters first."""
+    on_gpu = torch.cuda.is_available()
 
     def module(name: str, *arguments: object) -> list[str]:
         own = name if name == "pytest" else f"reco_fast.{name}"
         return [sys.executable, "-m", own, *map(str, arguments), *(TINY.get(name, "").split() if tiny else ())]
 
-    def step(name: str, size: int, batch: int, bank: int, *arguments: object, by: str = "benchmark") -> list[str]:
-        where = ["--output", output / name, "--data.image-size", size]
-        sizes = ["--train.batch-size", batch, "--model.bank-size", bank]
-        return module(f"profiling.{by}", *where, *sizes, *arguments)
+    def tests(workers: int, *names: str) -> list[list[str]]:
+        spread = ["-n", workers, "--dist", "worksteal"] if importlib.util.find_spec("xdist") and not tiny else []
+        return [module("pytest", "-rs", *spread, *(f"tests/test_{name}.py" for name in names))]
 
-    def kernels(name: str, *arguments: object) -> list[str]:
-        return module("profiling.kernel_benchmark", "--output", output / name, *arguments)
+    def train(name: str, preset: str, *arguments: object) -> list[str]:
+        return module("train", preset, *arguments, "--run.dir", output / name)
 
-    def pytest(*names: str) -> list[str]:
-        return module("pytest", "-q", "-rs", *(f"tests/test_{name}.py" for name in names))
+    def kernels(name: str, *arguments: object) -> list[list[str]]:
+        return [module("profiling.kernel_benchmark", "--output", output / name, *arguments)]
 
+    def step(name: str, arch: str, size: int, batch: int, *arguments: object) -> list[str]:
+        sizes = ["--model.arch", arch, "--data.image-size", size, "--train.batch-size", batch]
+        impl = ["--model.bank-size", 65536, "--loss.impl", "auto"]
+        return module("profiling.benchmark", "--output", output / name, *sizes, *impl, *arguments)
+
+    resnet18, resnet50 = ("resnet18", 32, 512), ("resnet50", 224, 256)
+    against = ["--against", "supervised", *(["launches"] if on_gpu else [])]
+    lightly = ["lightly"] if importlib.util.find_spec("lightly") else []
+    once, large = ("--rounds", 1, "--steps", 1), (*kernels_of(256, 65536), "--only", "compiled")
+    bank = ("--train.batch-size", 512, "--model.bank-size", 65536)
     data = ["--data.path", images / "train", "--data.val-path", images / "test"] if images else []
     preset = "cifar10" if images else "quickstart"
-    resnet18, resnet50 = ("--model.arch", "resnet18"), ("--model.arch", "resnet50")
-    rivals, captured = ["--against", "naive", "supervised"], ["--against", "supervised", "--train.cuda-graph"]
-    lightly = ["lightly"] if importlib.util.find_spec("lightly") else []
-    larger = ["--batches", 128, 256, 1024]
+    short = [*data, "--train.max-steps", 60, "--eval.every", 1000]
+    captured = ["--train.cuda-graph"] if on_gpu else []
 
-    def profiled(name: str, *arguments: object) -> Part:
-        options = ["--profile.enabled", "--train.max-steps", 100, "--run.dir", output / name]
-        return Part(8, [module("train", *arguments, *options), module("profiling.report", output / name)])
-
+    accuracy = [sys.executable, "tests/accuracy.py", "--output", str(output / "accuracy.jsonl")]
+    accuracy += TINY["accuracy"].split() if tiny else "--rows 256 1024 --lengths 65536".split()
     found = {
-        "kernel-tests": Part(8, [pytest("relation_loss", "losses", "launch")]),
-        "step-tests": Part(9, [pytest("cuda_graph", "step", "memory_bank", "loaders", "bad_images")]),
-        # With the card's matrix rate and bandwidth, as measured in the same run.
-        "kernels": Part(9, [kernels("kernels", "--lengths", 4096, 65536)]),
-        "step-resnet50": Part(9, [step("step-resnet50", 224, 256, 65536, *resnet50, *rivals)]),
-        "step-resnet18": Part(9, [step("step-resnet18", 32, 512, 65536, *resnet18, *rivals, *lightly)]),
-        # Its warm-up steps include the capture.
-        "cuda-graph": Part(6, [step("cuda-graph", 32, 512, 65536, *resnet18, *captured, "--warmup", 6)]),
-        "profile": profiled("profile", preset, *data),
-        "growth": Part(9, [step("growth", 32, 512, 65536, *resnet18, *larger, "--ranks", 1, by="growth")]),
-        "tiles": Part(9, [kernels("tiles", "--tiles", "--rows", 256, "--lengths", 65536)]),
-        "large-kernels": Part(9, [kernels("large-kernels", "--lengths", 1048576)]),
+        "accuracy": Part(90, [accuracy], timed=False),
+        "kernel-tests": Part(150, tests(6, "relation_loss", "reference", "losses", "launch"), timed=False),
+        "step-tests": Part(150, tests(3, "cuda_graph", "step", "model", "memory_bank"), timed=False),
     }
+    loaders = ["torch", *(["dali"] if importlib.util.find_spec("nvidia.dali") else [])]
+    if "dali" in loaders:
+        found["loader-tests"] = Part(150, tests(3, "views", "loaders"), timed=False)
+    for loader in loaders:
+        commands = [
+            train(f"train-{loader}", preset, *short, "--data.loader", loader),
+            train(f"train-{loader}-captured", preset, *short, "--data.loader", loader, *captured),
+        ]
+        found[f"train-{loader}"] = Part(150, commands, timed=False)
+    found["compile"] = Part(150, [step("compile/18", *resnet18, *against, *once)], timed=False)  # into caches on disk
+    found["compile-50"] = Part(150, [step("compile/50", *resnet50, "--against", "supervised", *once)], timed=False)
+    found["compile-kernels"] = Part(100, kernels("compile/kernels", *large), timed=False)
+
+    rounds18, rounds50 = ("--steps", 20, "--warmup", 6), ("--rounds", 3, "--steps", 4, "--warmup", 6)
+    found |= {
+        "kernels": Part(90, kernels("kernels", *kernels_of((256, 1024), 65536))),
+        "step-resnet18": Part(90, [step("step-resnet18", *resnet18, *against, "naive", *rounds18)]),
+        "step-resnet50": Part(120, [step("step-resnet50", *resnet50, *against, *rounds50)]),
+        "tiles": Part(60, kernels("tiles", "--tiles", "--only", "triton", *kernels_of((256, 1024), 65536))),
+        "kernels-million": Part(60, kernels("kernels-million", *kernels_of(256, 1048576))),
+        # A process of its own: in float32 it may not fit beside another.
+        "plain-resnet50": Part(60, [step("plain-resnet50", *resnet50, "--against", "naive", *rounds50)]),
+    }
+    profiled = ["--profile.enabled", "--eval.every", 1000]
+    commands = [train("profile", preset, *data, *profiled, "--train.max-steps", 200)]
+    found["profile"] = Part(60, [*commands, module("profiling.report", output / "profile")])
+    for name, folder, size, batch in (("loader-32", images, 32, 512), ("loader-224", photographs, 224, 256)):
+        if folder is not None:
+            given = ["--data.path", folder, "--image-size", size, "--batch-size", batch]
+            found[name] = Part(60, [module("profiling.loader_benchmark", *given)])
     if photographs is not None:
-        options = ["--data.path", photographs, "--train.batch-size", 256, "--eval.every", 1000]
-        found["profile-224"] = profiled("profile-224", "imagenet100", *options)
+        given = ["--data.path", photographs, "--train.batch-size", 256, "--train.max-steps", 60]
+        commands = [train("profile-224", "imagenet100", *given, *profiled)]
+        found["profile-224"] = Part(120, [*commands, module("profiling.report", output / "profile-224")])
+    if lightly and images:
+        given = ["--data.path", images / "train", "--against", "lightly", *rounds18]
+        found["lightly"] = Part(120, [step("lightly", *resnet18, *given)])
+    larger = ["--model.arch", "resnet18", *bank, "--batches", 128, 256, 1024, "--ranks", 1]
+    found["growth"] = Part(500, [module("profiling.growth", "--output", output / "growth", *larger)])
     for objective in ("reco", "moco") if images else ():
         name = f"quality-{objective}"
-        options = ["--train.epochs", 100, "--loss.objective", objective, "--run.dir", output / name]
-        found[name] = Part(9, [module("train", "cifar10", *data, *options)])
-    for name, folder, size, batch in (("loader-32", images, 32, 512), ("loader-224", photographs, 224, 64)):
-        if folder is not None:
-            options = ["--data.path", folder, "--image-size", size, "--batch-size", batch]
-            found[name] = Part(6, [module("profiling.loader_benchmark", *options)])
-    found["tests"] = Part(9, [pytest()])
+        given = [*data, "--train.epochs", 100, "--loss.objective", objective]
+        found[name] = Part(500, [train(name, "cifar10", *given)])
     return found
 
 
-def run(part: Part, log: Path) -> str:
-    """How it ended: "done", "exit CODE" of the first command that failed, "stopped after ...", or why it did not
-    start."""
-    deadline = time.monotonic() + 60 * part.minutes
-    with open(log, "ab") as file:
-        for command in part.commands:
-            try:
-                process = subprocess.Popen(command, cwd=HERE, stdout=file, stderr=file, start_new_session=True)
-            except OSError as error:
-                return f"did not start: {error}"
-            try:
-                code = process.wait(max(0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                _end(process)
-                return f"stopped after {part.minutes} minutes"
-            if code != 0:
-                return f"exit {code}"
-    return "done"
+def kernels_of(rows: int | tuple[int, ...], length: int) -> tuple[object, ...]:
+    return ("--rows", *((rows,) if isinstance(rows, int) else rows), "--lengths", length)
+
+
+class Session:
+    """Runs parts and writes how they ended, each at once."""
+
+    def __init__(self, output: Path, budget: float) -> None:
+        self.output = output
+        self.deadline = time.monotonic() + budget
+        self._path = output / "session.json"
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._lock = threading.Lock()
+        output.mkdir(parents=True, exist_ok=True)
+        try:
+            self.ended: dict[str, Any] = json.loads(self._path.read_text(encoding="utf-8"))["parts"]
+        except (OSError, ValueError, KeyError):
+            self.ended = {}
+
+    def run(self, chosen: dict[str, Part]) -> bool:
+        """Whether all are done."""
+        checks = {name: part for name, part in chosen.items() if not part.timed}
+        with self._nothing_left_running():
+            with ThreadPoolExecutor(max(1, len(checks))) as pool:
+                list(pool.map(self._one, checks, checks.values()))
+            trusted = self.ended.get("kernel-tests", {}).get("ended") == "done"
+            for name, part in chosen.items():
+                if part.timed:
+                    self._one(name, _with_triton(part) if trusted else part)
+        return all(self.ended[name]["ended"] == "done" for name in chosen)
+
+    def _one(self, name: str, part: Part) -> None:
+        start = time.monotonic()
+        left = self.deadline - start
+        if left < part.seconds:
+            how = f"left out: {left:.0f} s of the budget are left, {part.seconds} are needed"
+        else:
+            how = self._commands(part, self.output / f"{name}.log")
+        with self._lock:
+            self.ended[name] = {
+                "ended": how,
+                "seconds": round(time.monotonic() - start, 1),
+                "commands": part.commands,
+            }
+            write_json(self._path, {"environment": environment(), "parts": self.ended})
+            pack(self.output)
+            print(json.dumps({name: how, "seconds": self.ended[name]["seconds"]}), flush=True)
+
+    def _commands(self, part: Part, log: Path) -> str:
+        """How it ended: "done", "exit CODE" of the first command that failed, "stopped after ...", or why it did not
+        start."""
+        deadline = time.monotonic() + part.seconds
+        with open(log, "ab") as file:
+            for command in part.commands:
+                try:
+                    process = subprocess.Popen(command, cwd=HERE, stdout=file, stderr=file, process_group=0)
+                except OSError as error:
+                    return f"did not start: {error}"
+                self._running.add(process)
+                try:
+                    code = process.wait(max(0, deadline - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    return f"stopped after {part.seconds} s"
+                finally:
+                    _end(process)
+                    self._running.discard(process)
+                if code != 0:
+                    return f"exit {code}"
+        return "done"
+
+    @contextlib.contextmanager
+    def _nothing_left_running(self) -> Iterator[None]:
+        """SIGTERM ends what the parts have started, too."""
+        before = signal.signal(signal.SIGTERM, lambda *_: self._kill_all())
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _kill_all(self) -> None:
+        for process in tuple(self._running):
+            _kill(process)
+        os._exit(128 + signal.SIGTERM)
+
+
+def _with_triton(part: Part) -> Part:
+    """The fused kernel, whether or not `impl="auto"` knows that it is faster."""
+    text = json.dumps(part.commands).replace('"--loss.impl", "auto"', '"--loss.impl", "triton"')
+    return part._replace(commands=json.loads(text))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """First so that a training run saves where it is; then with all that it has started."""
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(GRACE)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+    _kill(process)
     process.wait()
 
 
-def session(chosen: dict[str, Part], output: Path) -> bool:
-    """Run the parts and write how they ended, each at once. Whether all are done."""
-    output.mkdir(parents=True, exist_ok=True)
-    path = output / "session.json"
-    try:
-        ended: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["parts"]
-    except (OSError, ValueError, KeyError):
-        ended = {}
-    for name, part in chosen.items():
-        start = time.monotonic()
-        how = run(part, output / f"{name}.log")
-        ended[name] = {"ended": how, "seconds": round(time.monotonic() - start, 1), "commands": part.commands}
-        write_json(path, {"environment": environment(), "parts": ended})
-        print(json.dumps({name: how}), flush=True)
-    return all(ended[name]["ended"] == "done" for name in chosen)
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def pack(output: Path) -> Path:
+    """All results in `output` as one gzipped archive beside it, the smallest first and none deeper than one folder."""
+    packed = output.with_name(f"{output.name}.tar.gz")
+    temporary = packed.with_suffix(".tmp")
+    files = [path for path in output.rglob("*") if path.is_file() and path.name.endswith(KEPT)]
+    left = PACK_BYTES
+    with tarfile.open(temporary, "w:gz") as tar:
+        for path in sorted(files, key=lambda path: path.stat().st_size):
+            content = path.read_bytes()
+            content = content[-LOG_BYTES:] if path.suffix == ".log" else content
+            left -= len(content)
+            if left < 0:  # what the gzip saves is not counted on
+                break
+            folder, *rest = path.relative_to(output).parts
+            member = tarfile.TarInfo("/".join([folder, "_".join(rest)]) if rest else folder)
+            member.size, member.mtime = len(content), int(path.stat().st_mtime)
+            tar.addfile(member, io.BytesIO(content))
+    temporary.rename(packed)
+    return packed
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--budget", type=float, required=True, help="seconds for all parts together")
     parser.add_argument("--data.path", dest="images", type=Path, help="small images: train/ and test/, by class")
     parser.add_argument("--photographs", type=Path, help="a folder of large images, for the loader")
     parser.add_argument("--only", nargs="+", help="names of parts; all unless given")
     parser.add_argument("--tiny", action="store_true", help="rehearse with small models")
     arguments = parser.parse_args()
     images, photographs = (path and path.resolve() for path in (arguments.images, arguments.photographs))
-    known = parts(arguments.output.resolve(), images, photographs, arguments.tiny)
+    output = arguments.output.resolve()
+    known = parts(output, images, photographs, arguments.tiny)
     unknown = sorted(set(arguments.only or ()) - set(known))
     if unknown:
         parser.error(f"--only: expected some of {', '.join(known)}, got {unknown[0]}")
-    return 0 if session({name: known[name] for name in arguments.only or known}, arguments.output.resolve()) else 1
+    if arguments.tiny and not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+    session = Session(output, arguments.budget)
+    return 0 if session.run({name: known[name] for name in arguments.only or known}) else 1
 
 
 if __name__ == "__main__":

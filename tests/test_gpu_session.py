@@ -1,48 +1,148 @@
-"""The unattended session: every command line is understood, and nothing that goes wrong ends it."""
+"""The unattended session: every command line is understood, and nothing that goes wrong ends it or loses a result."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import tarfile
+import time
 from pathlib import Path
 
 import pytest
 
 from reco_fast import cli, train
 from reco_fast.profiling import benchmark, gpu_session, growth
-from reco_fast.profiling.gpu_session import Part, parts, session
+from reco_fast.profiling.gpu_session import Part, Session, pack, parts
+
+PYTHON = [sys.executable, "-c"]
+
+
+def recorded(folder: Path) -> dict[str, str]:
+    return {name: x["ended"] for name, x in json.loads((folder / "session.json").read_text())["parts"].items()}
 
 
 def test_a_part_that_fails_or_hangs_is_recorded_and_the_next_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_session, "GRACE", 1)
-    python = [sys.executable, "-c"]
     chosen = {
-        "fails": Part(1, [[*python, "raise SystemExit(3)"], [*python, "print('never')"]]),
-        "hangs": Part(0.02, [[*python, "import time; print('here', flush=True); time.sleep(60)"]]),
-        "missing": Part(1, [["/no/such/program"]]),
-        "works": Part(1, [[*python, "print('one')"], [*python, "print('two')"]]),
+        "fails": Part(20, [[*PYTHON, "raise SystemExit(3)"], [*PYTHON, "print('never')"]]),
+        "hangs": Part(2, [[*PYTHON, "import time; print('here', flush=True); time.sleep(60)"]]),
+        "missing": Part(20, [["/no/such/program"]]),
+        "works": Part(20, [[*PYTHON, "print('one')"], [*PYTHON, "print('two')"]]),
+        "long": Part(1000, [[*PYTHON, "print('never')"]]),
     }
-    (tmp_path / "session.json").write_text(json.dumps({"parts": {"earlier": {"ended": "done"}}}))
-    assert not session(chosen, tmp_path)
-    written = json.loads((tmp_path / "session.json").read_text())
-    how = {name: part["ended"] for name, part in written["parts"].items()}
+    folder = tmp_path / "session"
+    folder.mkdir()
+    (folder / "session.json").write_text(json.dumps({"parts": {"earlier": {"ended": "done"}}}))
+    assert not Session(folder, 900).run(chosen)
+    how = recorded(folder)
     assert how.pop("missing").startswith("did not start")
-    assert how == {"earlier": "done", "fails": "exit 3", "hangs": "stopped after 0.02 minutes", "works": "done"}
-    assert (tmp_path / "fails.log").read_text() == ""
-    assert (tmp_path / "works.log").read_text() == "one\ntwo\n"
-    assert written["environment"]["packages"]["torch"]
-    assert session({"works": chosen["works"]}, tmp_path)
+    assert how.pop("long").startswith("left out: ")
+    assert how == {"earlier": "done", "fails": "exit 3", "hangs": "stopped after 2 s", "works": "done"}
+    assert (folder / "fails.log").read_text() == ""
+    assert (folder / "works.log").read_text() == "one\ntwo\n"
+    assert json.loads((folder / "session.json").read_text())["environment"]["packages"]["torch"]
+    assert Session(folder, 900).run({"works": chosen["works"]})
+
+
+# Says that it is there and waits for another to be, or for 20 seconds; 0 if the other came.
+MEET = """
+import sys, time
+from pathlib import Path
+mine, other = map(Path, sys.argv[1:])
+mine.touch()
+until = time.monotonic() + 20
+while not other.exists() and time.monotonic() < until:
+    time.sleep(0.01)
+sys.exit(not other.exists())
+"""
+
+
+def test_checks_run_side_by_side_and_what_is_timed_alone(tmp_path: Path) -> None:
+    def meet(mine: str, other: str, *, timed: bool) -> Part:
+        return Part(60, [[*PYTHON, MEET.replace("20", "1" if timed else "20"), *map(str, (mine, other))]], timed)
+
+    one, two, three, four = (str(tmp_path / name) for name in ("one", "two", "three", "four"))
+    together = {"a": meet(one, two, timed=False), "b": meet(two, one, timed=False)}
+    session = Session(tmp_path / "session", 900)
+    assert not session.run({"c": meet(three, four, timed=True), "d": meet(four, three, timed=True), **together})
+    how = recorded(tmp_path / "session")
+    assert how == {"a": "done", "b": "done", "c": "exit 1", "d": "done"}  # d found what c had left
+
+
+def test_the_step_takes_the_fused_kernel_once_its_tests_have_passed(tmp_path: Path) -> None:
+    said = [*PYTHON, "import sys; print(sys.argv[1:])", "--loss.impl", "auto"]
+    for code, impl in ((1, "auto"), (0, "triton")):
+        tests = Part(20, [[*PYTHON, f"raise SystemExit({code})"]], timed=False)
+        Session(tmp_path / impl, 900).run({"kernel-tests": tests, "step": Part(20, [said])})
+        assert impl in (tmp_path / impl / "step.log").read_text()
+
+
+def test_the_pack_holds_results_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "session"
+    for name in ("a.json", "run/metrics.jsonl", "run/tensorboard/x.pt.trace.json.gz", "run/checkpoints/1.safetensors"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    (folder / "run" / "memory_1.pickle").write_text("code")
+    (folder / "part.log").write_text("start" + "x" * gpu_session.LOG_BYTES)
+    with tarfile.open(pack(folder)) as tar:
+        names = set(tar.getnames())
+        assert names == {"a.json", "part.log", "run/metrics.jsonl", "run/tensorboard_x.pt.trace.json.gz"}
+        assert not tar.extractfile("part.log").read().startswith(b"start")  # type: ignore[union-attr]
+    monkeypatch.setattr(gpu_session, "PACK_BYTES", 100)
+    with tarfile.open(pack(folder)) as tar:
+        assert "part.log" not in tar.getnames()
+        assert "a.json" in tar.getnames()
+
+
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM])
+def test_a_session_that_is_cut_leaves_what_was_done(tmp_path: Path, by: int) -> None:
+    script = tmp_path / "session.py"
+    script.write_text(
+        "import sys\nfrom pathlib import Path\nfrom reco_fast.profiling.gpu_session import Part, Session\n"
+        "first = Part(60, [[sys.executable, '-c', 'print(1)']])\n"
+        "sleeps = 'import os, time; print(os.getpid(), flush=True); time.sleep(99)'\n"
+        "endless = Part(60, [[sys.executable, '-c', sleeps]])\n"
+        "Session(Path(sys.argv[1]), 900).run({'first': first, 'endless': endless})\n"
+    )
+    folder = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, script, folder])
+    log = folder / "endless.log"
+    try:
+        deadline = time.monotonic() + 60
+        while not (log.exists() and log.read_text().endswith("\n")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        started = int(log.read_text())
+    finally:
+        process.send_signal(by)
+        process.wait(20)
+    with tarfile.open(tmp_path / "out.tar.gz") as tar:
+        assert {"session.json", "first.log"} <= set(tar.getnames())
+        done = json.load(tar.extractfile("session.json"))  # type: ignore[arg-type]
+    assert done["parts"]["first"]["ended"] == "done"
+    if by == signal.SIGTERM:
+        deadline = time.monotonic() + 20
+        while Path(f"/proc/{started}").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not Path(f"/proc/{started}").exists()
+    else:
+        os.kill(started, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("tiny", [False, True])
-def test_every_part_fits_its_time_and_its_command_line_is_understood(tmp_path: Path, tiny: bool) -> None:
+def test_every_command_line_is_understood(tmp_path: Path, tiny: bool) -> None:
     known = parts(tmp_path, tmp_path / "cifar", tmp_path / "photographs", tiny)
-    assert {"step-resnet50", "cuda-graph", "profile", "quality-reco", "quality-moco", "loader-224"} <= set(known)
-    assert {"profile-224", "growth"} <= set(known)
+    assert {"kernel-tests", "train-torch", "kernels", "tiles", "step-resnet18", "step-resnet50", "profile"} <= set(
+        known
+    )
+    assert {"plain-resnet50", "loader-32", "loader-224", "profile-224", "growth", "quality-moco"} <= set(known)
     for part in known.values():
-        assert 60 * part.minutes + gpu_session.GRACE < 600
-        for _, _, module, *arguments in part.commands:
-            if module == "reco_fast.train":
+        for _, word, module, *arguments in part.commands:
+            if word != "-m":
+                assert (gpu_session.HERE / word).is_file()
+            elif module == "reco_fast.train":
                 _, config = train.parse(arguments)
                 assert config.data.path in (tmp_path / "cifar" / "train", tmp_path / "photographs")
             elif module == "reco_fast.profiling.benchmark":
