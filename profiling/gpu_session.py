@@ -85,12 +85,12 @@ def parts(output: Path, images: Path | None, photographs: Path | None, tiny: boo
     resnet18, resnet50 = ("resnet18", 32, 512), ("resnet50", 224, 256)
     against = ["--against", "supervised", *(["launches"] if on_gpu else [])]
     lightly = ["lightly"] if importlib.util.find_spec("lightly") else []
-    once, large = ("--rounds", 1, "--steps", 1), (*kernels_of(256, 65536), "--only", "compiled")
+    once = ("--rounds", 1, "--steps", 1)
     bank = ("--train.batch-size", 512, "--model.bank-size", 65536)
     data = ["--data.path", images / "train", "--data.val-path", images / "test"] if images else []
     preset = "cifar10" if images else "quickstart"
     short = [*data, "--train.max-steps", 60, "--eval.every", 1000]
-    captured = ["--train.cuda-graph"] if on_gpu else []
+    captured, only = (["--train.cuda-graph"], ["--only", "triton"]) if on_gpu else ([], [])
 
     accuracy = [sys.executable, "tests/accuracy.py", "--output", str(output / "accuracy.jsonl")]
     accuracy += TINY["accuracy"].split() if tiny else "--rows 256 1024 --lengths 65536".split()
@@ -110,14 +110,16 @@ def parts(output: Path, images: Path | None, photographs: Path | None, tiny: boo
         found[f"train-{loader}"] = Part(150, commands, timed=False)
     found["compile"] = Part(150, [step("compile/18", *resnet18, *against, *once)], timed=False)  # into caches on disk
     found["compile-50"] = Part(150, [step("compile/50", *resnet50, "--against", "supervised", *once)], timed=False)
-    found["compile-kernels"] = Part(100, kernels("compile/kernels", *large), timed=False)
+    if on_gpu:
+        large = kernels("compile/kernels", "--only", "compiled", *kernels_of((256, 1024), 65536))
+        found["compile-kernels"] = Part(100, large, timed=False)
 
     rounds18, rounds50 = ("--steps", 20, "--warmup", 6), ("--rounds", 3, "--steps", 4, "--warmup", 6)
     found |= {
         "kernels": Part(90, kernels("kernels", *kernels_of((256, 1024), 65536))),
         "step-resnet18": Part(90, [step("step-resnet18", *resnet18, *against, "naive", *rounds18)]),
         "step-resnet50": Part(120, [step("step-resnet50", *resnet50, *against, *rounds50)]),
-        "tiles": Part(60, kernels("tiles", "--tiles", "--only", "triton", *kernels_of((256, 1024), 65536))),
+        "tiles": Part(60, kernels("tiles", "--tiles", *only, *kernels_of((256, 1024), 65536))),
         "kernels-million": Part(60, kernels("kernels-million", *kernels_of(256, 1048576))),
         # A process of its own: in float32 it may not fit beside another.
         "plain-resnet50": Part(60, [step("plain-resnet50", *resnet50, "--against", "naive", *rounds50)]),
