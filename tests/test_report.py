@@ -21,8 +21,9 @@ from reco_fast.profiling.trace import REGIONS
 Events = list[dict[str, Any]]
 
 
-def event(name: str, category: str, start: float, ms: float, thread: int = 1) -> dict[str, Any]:
-    return {"ph": "X", "cat": category, "name": name, "ts": 1e3 * start, "dur": 1e3 * ms, "pid": 1, "tid": thread}
+def event(name: str, category: str, start: float, ms: float, thread: int = 1, **args: int) -> dict[str, Any]:
+    timed = {"ts": 1e3 * start, "dur": 1e3 * ms, "pid": 1, "tid": thread}
+    return {"ph": "X", "cat": category, "name": name, "args": args} | timed
 
 
 def cpu_trace(
@@ -46,20 +47,75 @@ def cpu_trace(
     return events
 
 
+AUTOGRAD = 2  # the thread that launches the kernels of a backward pass on a GPU
+
+
 def gpu_trace(steps: int, *, wait: float, kernels: dict[str, float], period: float, host: float) -> Events:
     """The host needs `host` ms a step and runs ahead; the device works on `kernels`, a step every `period` ms."""
-    events = []
+    events = [event("aten::mm", "cpu_op", 0, host, thread) for thread in (1, AUTOGRAD)]
     for number in range(steps):
         begin, device = number * host, 3 + number * period
         events.append(event(f"ProfilerStep#{number}", "user_annotation", begin, host))
         events.append(event("data_wait", "user_annotation", begin, wait))
         events.append(event("backward", "user_annotation", begin + wait, host - wait))
-        busy = sum(kernels.values())
-        events.append(event(f"ProfilerStep#{number}", "gpu_user_annotation", device, busy, thread=7))
-        events.append(event("backward", "gpu_user_annotation", device, busy, thread=7))
         for name, ms in kernels.items():
-            events.append(event(name, "kernel", device, ms, thread=8 if "nccl" in name else 7))
+            link = len(events)
+            events.append(event("cudaLaunchKernel", "cuda_runtime", begin + wait, 0.01, AUTOGRAD, correlation=link))
+            events.append(event(name, "kernel", device, ms, thread=8 if "nccl" in name else 7, correlation=link))
             device += ms
+    return events
+
+
+def threads_and_streams() -> Events:
+    """Two steps of 100 ms as a GPU's profiler writes them: two threads launch, a third is of no operator of ours."""
+    events = [event("aten::to", "cpu_op", 0, 1), event("AddmmBackward0", "cpu_op", 40, 1, AUTOGRAD)]
+    loader = 99
+    for step, begin in enumerate((0, 100)):
+
+        def host(name: str, start: float, end: float, begin: int = begin) -> None:
+            events.append(event(name, "user_annotation", begin + start, end - start))
+
+        def device(
+            launch: str,
+            at: float,
+            name: str,
+            start: float,
+            end: float,
+            stream: int,
+            thread: int = 1,
+            begin: int = begin,
+        ) -> None:
+            link = 7 + len(events)
+            kind = "cuda_driver" if launch.startswith("cuL") else "cuda_runtime"
+            events.append(event(launch, kind, begin + at, 0.01, thread, correlation=link))
+            kind = f"gpu_{name[:6].lower()}" if name.startswith("Mem") else "kernel"
+            events.append(event(name, kind, begin + start, end - start, stream, correlation=link, stream=stream))
+
+        host(f"ProfilerStep#{step}", 0, 100)
+        host("data_wait", 0, 10)
+        device("cudaMemcpyAsync", 5, "Memcpy HtoD (Pinned -> Device)", 6, 8, stream=20)
+        host("teacher_forward", 10, 20)
+        device("cudaLaunchKernelExC", 11, "nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NTT", 20, 30, stream=7)
+        host("student_forward", 20, 30)
+        device("cuLaunchKernel", 21, "triton_poi_fused_convolution_relu_0", 30, 45, stream=7)
+        host("loss", 30, 35)
+        device("cuLaunchKernelEx", 31, "attend_kernel", 45, 50, stream=7)
+        host("backward", 35, 60)
+        device("cudaLaunchKernel", 40, "sm90_xmma_dgrad_implicit_gemm_bf16", 50, 70, stream=7, thread=AUTOGRAD)
+        device("cudaLaunchKernel", 45, "resize_kernel", 46, 49, stream=30, thread=loader)
+        device("cudaLaunchKernelExC", 50, "ncclDevKernel_AllReduce", 65, 80, stream=24, thread=AUTOGRAD)
+        host("optimizer", 60, 62)
+        device("cudaLaunchKernel", 61, "multi_tensor_apply_kernel", 80, 85, stream=7)
+        device("cudaLaunchKernel", 63, "reduce_kernel", 85, 86, stream=7)
+        host("moving_average", 64, 66)
+        device("cudaMemsetAsync", 65, "Memset (Device)", 86, 88, stream=7)
+        host("enqueue", 66, 68)
+        # The ranges of a GPU, where a torch has them: of what the main thread has launched.
+        events.append(event(f"ProfilerStep#{step}", "gpu_user_annotation", begin + 20, 30, thread=7))
+        events.append(event("backward", "gpu_user_annotation", begin + 50, 0, thread=7))
+    # Launched before the recording: one that ends before the first step begins on the GPU, one that does not.
+    events.append(event("reduce_kernel", "kernel", 1, 3, thread=7, correlation=1))
+    events.append(event("reduce_kernel", "kernel", 88, 1, thread=30, correlation=2))
     return events
 
 
@@ -112,6 +168,51 @@ def test_a_host_that_runs_ahead_does_not_shorten_the_step(tmp_path: Path) -> Non
     assert found.phases_ms["backward"] == pytest.approx(90)
     assert found.busy == pytest.approx(0.9, abs=0.03)
     assert found.matrix == pytest.approx(2 / 3)
+
+
+def test_a_phase_of_a_gpu_is_what_was_launched_in_it_by_any_thread(tmp_path: Path) -> None:
+    found = read_trace(write(tmp_path, threads_and_streams()))
+    assert (found.device, found.steps) == ("GPU", 2)
+    assert found.phases_ms == pytest.approx(
+        {
+            "data_wait": 10,  # the host's
+            "teacher_forward": 10,
+            "student_forward": 15,
+            "loss": 5,
+            "backward": 30,  # two kernels with 5 ms in common
+            "optimizer": 5,
+            "moving_average": 2,
+            "enqueue": 0,
+        }
+    )
+    assert found.step_ms == pytest.approx(100)
+    assert found.busy == pytest.approx(0.71)
+    assert found.other_ms == pytest.approx(2 + 3 + 1 + 1)  # loader's copy, loader's thread, no range, no launch
+    assert found.operators_per_step == 9  # without those of the loader's thread
+    assert found.exposed_communication == pytest.approx(0.1)
+
+
+def test_kernels_that_overlap_on_a_stream_keep_their_whole_time(tmp_path: Path) -> None:
+    events = gpu_trace(2, wait=0, kernels={GEMM: 10}, period=20, host=20)
+    link = next(event["args"]["correlation"] for event in events if event["cat"] == "kernel")
+    events.append(event(RELU, "kernel", 12, 10, thread=7, correlation=link))  # begins 1 ms before the first ends
+    assert read_trace(write(tmp_path, events)).matrix == pytest.approx(20 / 30)
+
+
+def test_the_end_of_a_single_recorded_step_is_the_hosts_or_its_last_kernels(tmp_path: Path) -> None:
+    for host in (50, 5):
+        found = read_trace(write(tmp_path, gpu_trace(1, wait=0, kernels={GEMM: 40}, period=0, host=host)))
+        assert found.step_ms == pytest.approx(47 if host == 50 else 40)
+
+
+def test_a_replayed_graph_outside_all_ranges_is_other(tmp_path: Path) -> None:
+    events = [
+        event
+        for event in gpu_trace(2, wait=10, kernels={GEMM: 40, RELU: 20}, period=100, host=100)
+        if event["name"] != "backward"
+    ]
+    found = read_trace(write(tmp_path, events))
+    assert (found.step_ms, found.other_ms) == pytest.approx((100, 60))
 
 
 CPU, GPU = cpu_trace, gpu_trace
