@@ -23,8 +23,13 @@ DEVICE_CATEGORIES = {"kernel", "gpu_memcpy", "gpu_memset"}
 LAUNCH_CATEGORIES = {"cuda_runtime", "cuda_driver"}  # Triton's kernels are launched by the driver's function
 WAIT, OTHER, IDLE = "data_wait", "other", "no kernel running"
 COMMUNICATION = re.compile(r"nccl|gloo|c10d::|all_?gather|all_?reduce", re.IGNORECASE)
-# What runs in matrix units: convolutions, matrix products, attention, and the loss kernel.
-MATRIX = re.compile(r"conv|gemm|::(?:b?add)?b?mm|cutlass|xmma|wgmma|attention|flash|relation", re.IGNORECASE)
+# What runs in matrix units: convolutions, matrix products, attention, and the loss kernel. Of the kernels that inductor
+# writes these are its templates alone: the others carry the names of all operators around which they were fused.
+MATRIX = re.compile(
+    r"^(?!triton_(?!tem_)).*(?:conv(?!ert)|winograd|[dw]grad|scudnn|gemm|xmma|nvjet|cutlass|wgmma|::(?:b?add)?b?mm"
+    r"|triton_tem_|sdpa|flash|fmha|attention|attend|relation)",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)

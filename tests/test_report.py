@@ -143,16 +143,57 @@ def test_the_breakdown_of_a_known_step(tmp_path: Path, name: str) -> None:
     assert found.matrix == pytest.approx(0.6)
 
 
-@pytest.mark.parametrize(
-    ("name", "matrix"),
-    [
-        ("aten::mm", 1),
-        ("aten::baddbmm_", 1),
-        ("reco_fast::winograd_convolution", 1),
-        ("aten::batch_norm", 0),
-        ("aten::sum", 0),
-    ],
+# Names of CPU operators and of GPU kernels.
+MATRIX_WORK = (
+    "aten::mm",
+    "aten::baddbmm_",
+    "aten::convolution_backward",
+    "reco_fast::winograd_convolution",
+    "reco_fast::relation_loss",
+    "attend_kernel",
+    "ampere_sgemm_128x64_nn",
+    "nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NTT",
+    "nvjet_sm100_tst_64x32_64x16_2x1_2cta_v_bz_TNT",
+    "sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x128x64_warpgroupsize1x1x1_g1_"
+    "execute_segment_k_off_kernel__5x_cudnn",
+    "sm80_xmma_wgrad_implicit_gemm_indexed_tf32f32_tf32f32_f32_nhwckrsc_nhwc_tilesize128x128x16_stage4_warpsize2x2x1",
+    "void cutlass::device_kernel<at::cuda::detail::enable_3x_kernel_for_sm9x<cutlass::gemm::kernel::GemmUniversal<> >>",
+    "void cutlass__5x_cudnn::Kernel<cutlass_tensorop_bf16_s16816dgrad_optimized_bf16_128x128_32x4_nhwc_align8>()",
+    "void cudnn::cnn::conv2d_grouped_direct_kernel<false, true, false, false, 0, 0, int, __nv_bfloat16, float>()",
+    "void wgrad_alg0_engine<float, 128, 6, 7, 3, 3, 5, false, 512>(int, int, int, float const*)",
+    "void cudnn::detail::dgrad_engine<float, 512, 6, 5, 3, 3, 3, false>(int, int, int, float const*)",
+    "void implicit_convolve_sgemm<float, float, 128, 5, 5, 3, 3, 3, 1, false, false, true>(int, int, int)",
+    "cudnn_infer_ampere_scudnn_128x64_relu_xregs_large_nn_v1",
+    "cudnn_infer_volta_scudnn_winograd_128x128_ldg1_ldg4_relu_tile148t_nt_v1",
+    "cudnn_generated_fort_native_sdpa_sm90_knob_26_64x64x128_1x4x1_kernel0_0",
+    "void pytorch_flash::flash_fwd_splitkv_kernel<Flash_fwd_kernel_traits<128, 64, 128, 4, false> >()",
+    "fmha_cutlassF_bf16_aligned_64x128_rf_sm80(PyTorchMemEffAttention::AttentionKernel<>::Params)",
+    "triton_tem_fused_mm_3",
+    "triton_tem_fused__to_copy_convolution_7",
 )
+MEMORY_WORK = (
+    "aten::batch_norm",
+    "aten::sum",
+    "triton_poi_fused__native_batch_norm_legit_functional_convolution_relu_12",
+    "triton_red_fused_convolution_backward_native_batch_norm_backward_4",
+    "triton_per_fused_addmm_mean_2",
+    "triton_for_fused_2",
+    "triton_unk_fused_convolution_mean_5",
+    "combine_kernel",
+    "void cudnn::batchnorm_fwtr_nhwc_semiPersist<__nv_bfloat16, __nv_bfloat16, float, float, 512, true, true, 0>()",
+    "void cudnn::bn_bw_1C11_kernel_new<float, float, float2, 128, true, 1>(float, float, float, float)",
+    "void cudnn::ops::nchwToNhwcKernel<float, float, float, false, true, (cudnnKernelDataType_t)2>()",
+    "void cudnn::ops::convertTensor_kernel<float, __half, float, (cudnnKernelDataType_t)0>()",
+    "void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16, float, __nv_bfloat16, true, true, false>()",
+    "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>, std::array<char*, 3ul> >()",
+    "void at::native::(anonymous namespace)::max_pool_backward_nhwc<c10::BFloat16, float>()",
+    "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<at::native::(anonymous namespace)::FusedSgd>()",
+    "Memcpy HtoD (Pinned -> Device)",
+    "Memset (Device)",
+)
+
+
+@pytest.mark.parametrize(("name", "matrix"), [(name, 1) for name in MATRIX_WORK] + [(name, 0) for name in MEMORY_WORK])
 def test_what_counts_as_matrix_work(tmp_path: Path, name: str, matrix: float) -> None:
     step = [event("ProfilerStep#0", "user_annotation", 0, 10), event("ProfilerStep#1", "user_annotation", 10, 10)]
     write(tmp_path, [*step, event(name, "cpu_op", 2, 5), event(name, "cpu_op", 12, 5)])
