@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -304,9 +305,29 @@ def test_the_report_of_a_run(tmp_path: Path, profiled: Path, capsys: pytest.Capt
     text = capsys.readouterr().out
     for name in (*REGIONS, "other", "images/s", "p95", "bound: ", "try: ", "a large matrix product"):
         assert name in text
+    assert "kernel" not in text  # which is about a GPU
     assert f"recorded: {PROFILED_STEPS} steps" in text
     assert (run / "profile.txt").read_text() == text
     assert (run / "profile.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_of_a_gpu_says_whose_time_a_phase_is_and_when_nothing_ran(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    write(tmp_path, threads_and_streams())
+    (tmp_path / "config.json").write_text(json.dumps(Config().to_json()))
+    line = {"kind": "train", "step": 2, "images_per_second": 5.0, "data_wait_fraction": 0.1}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert report.report(report.ReportCommand(tmp_path)) == 0
+    text = capsys.readouterr().out
+    assert "kernels that the host launched in its range" in text
+    rows = dict(re.findall(r"^  (.{17}) +([\d.]+) ms", text, re.MULTILINE))
+    times = {name.strip(): float(ms) for name, ms in rows.items()}
+    assert list(times) == [*REGIONS, "other", "no kernel running"]
+    assert times["no kernel running"] == 29
+    # The step is 100 ms; 3 ms of the loader's kernels ran beside the loss's.
+    assert sum(times.values()) - times["data_wait"] == pytest.approx(103)
 
 
 def test_a_name_of_any_bytes_and_a_log_cut_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
