@@ -26,7 +26,7 @@ COMMUNICATION = re.compile(r"nccl|gloo|c10d::|all_?gather|all_?reduce", re.IGNOR
 # What runs in matrix units: convolutions, matrix products, attention, and the loss kernel. Of the kernels that inductor
 # writes these are its templates alone: the others carry the names of all operators around which they were fused.
 MATRIX = re.compile(
-    r"^(?!triton_(?!tem_)).*(?:conv(?!ert)|winograd|[dw]grad|scudnn|gemm|xmma|nvjet|cutlass|wgmma|::(?:b?add)?b?mm"
+    r"^(?!triton_(?!tem_)).*(?:conv(?!ert)|[dw]grad|scudnn|gemm|xmma|nvjet|cutlass|::(?:b?add)?b?mm"
     r"|triton_tem_|sdpa|flash|fmha|attention|attend|relation)",
     re.IGNORECASE,
 )
