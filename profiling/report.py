@@ -25,6 +25,10 @@ MATTERS = 0.15  # a share of the step below which another bound is looked for
 MOSTLY = 0.5
 # Of a logged step; the first three are always there.
 NUMBERS = ("step", "images_per_second", "data_wait_fraction", "step_ms_p50", "step_ms_p95", "model_flops_utilisation")
+GPU_PHASES = (
+    "A phase is the time of the kernels that the host launched in its range; data_wait is the host's and passes beside",
+    "them. The other rows add up to the step, and to more where kernels of two rows ran at once.",
+)
 
 
 class Verdict(NamedTuple):
@@ -156,9 +160,9 @@ def page(run: Path, found: Breakdown, logged: list[dict[str, Any]], config: Conf
         "",
         f"whole run, medians: {'; '.join(speed)}",
         f"recorded: {found.steps} steps of {found.step_ms:,.1f} ms under the profiler, which itself takes time",
+        *(GPU_PHASES if found.device == "GPU" else ()),
         "",
-        *(_bar(name, value, found.step_ms) for name, value in found.phases_ms.items()),
-        _bar("other", found.other_ms, found.step_ms),
+        *(_bar(name, value, found.step_ms) for name, value in found.rows_ms.items()),
         "",
         f"bound: {verdict.bound}, because {verdict.reason}",
         f"try:   {verdict.advice}",
@@ -172,7 +176,7 @@ def _printable(text: str) -> str:
 
 
 def _bar(name: str, ms: float, step_ms: float) -> str:
-    return f"  {name:16} {ms:10,.2f} ms {ms / step_ms:6.1%}  {'█' * round(40 * ms / step_ms)}".rstrip()
+    return f"  {name:17} {ms:10,.2f} ms {ms / step_ms:6.1%}  {'█' * round(40 * ms / step_ms)}".rstrip()
 
 
 def picture(found: Breakdown, logged: list[dict[str, Any]], verdict: Verdict, path: Path) -> None:
@@ -185,9 +189,10 @@ def picture(found: Breakdown, logged: list[dict[str, Any]], verdict: Verdict, pa
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.4), layout="constrained", width_ratios=(3, 2))
-    phases = {**found.phases_ms, "other": found.other_ms}
-    bars = left.barh(list(phases), list(phases.values()), color=[*["#4477aa"] * len(found.phases_ms), "#bbbbbb"])
-    left.bar_label(bars, [f"{ms / found.step_ms:.0%}" for ms in phases.values()], padding=3)
+    rows = found.rows_ms
+    colours = ["#4477aa" if name in found.phases_ms else "#bbbbbb" for name in rows]
+    bars = left.barh(list(rows), list(rows.values()), color=colours)
+    left.bar_label(bars, [f"{ms / found.step_ms:.0%}" for ms in rows.values()], padding=3)
     left.margins(x=0.12)
     left.invert_yaxis()
     left.set(xlabel="ms a step", title=f"a step of {found.step_ms:,.0f} ms; bound: {verdict.bound}")

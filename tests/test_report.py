@@ -1,15 +1,16 @@
-"""The report finds the time where it was put, and names the bound and the setting that fit."""
+"""The report names the bound and the setting that fit, and its page says where the time went."""
 
 import dataclasses
-import gzip
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from made_up_traces import GEMM, NCCL, RELU, cpu_trace, event, gpu_trace, threads_and_streams, write
 from small_runs import PROFILED_STEPS
 
 from reco_fast import cli
@@ -18,104 +19,12 @@ from reco_fast.profiling import report
 from reco_fast.profiling.breakdown import newest_trace, read_trace
 from reco_fast.profiling.trace import REGIONS
 
-Events = list[dict[str, Any]]
-
-
-def event(name: str, category: str, start: float, ms: float, thread: int = 1) -> dict[str, Any]:
-    return {"ph": "X", "cat": category, "name": name, "ts": 1e3 * start, "dur": 1e3 * ms, "pid": 1, "tid": thread}
-
-
-def cpu_trace(
-    steps: int, *, wait: float = 0, mm: float = 0, norm: float = 0, gather: float = 0, idle: float = 0
-) -> Events:
-    """Steps of data_wait and then a student_forward of the given operators, milliseconds each."""
-    events, now = [], 5.0
-    for number in range(steps):
-        start = now
-        events.append(event("data_wait", "user_annotation", now, wait))
-        now += wait
-        inside = now
-        for name, ms in (("aten::conv2d", mm), ("aten::batch_norm", norm), ("gloo:all_gather", gather)):
-            events.append(event(name, "cpu_op", now, ms))
-            if name == "aten::batch_norm":  # an operator inside the other is not counted twice
-                events.append(event("aten::native_batch_norm", "cpu_op", now, ms))
-            now += ms
-        now += idle
-        events.append(event("student_forward", "user_annotation", inside, now - inside))
-        events.append(event(f"ProfilerStep#{number}", "user_annotation", start, now - start))
-    return events
-
-
-def gpu_trace(steps: int, *, wait: float, kernels: dict[str, float], period: float, host: float) -> Events:
-    """The host needs `host` ms a step and runs ahead; the device works on `kernels`, a step every `period` ms."""
-    events = []
-    for number in range(steps):
-        begin, device = number * host, 3 + number * period
-        events.append(event(f"ProfilerStep#{number}", "user_annotation", begin, host))
-        events.append(event("data_wait", "user_annotation", begin, wait))
-        events.append(event("backward", "user_annotation", begin + wait, host - wait))
-        busy = sum(kernels.values())
-        events.append(event(f"ProfilerStep#{number}", "gpu_user_annotation", device, busy, thread=7))
-        events.append(event("backward", "gpu_user_annotation", device, busy, thread=7))
-        for name, ms in kernels.items():
-            events.append(event(name, "kernel", device, ms, thread=8 if "nccl" in name else 7))
-            device += ms
-    return events
-
-
-def write(folder: Path, events: Events, name: str = "host_1.1.pt.trace.json") -> Path:
-    path = folder / "tensorboard" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"traceEvents": [{"ph": "M", "name": "process_name"}, *events]})
-    path.write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
-    return path
-
 
 def config(**sections: Any) -> Config:
     return dataclasses.replace(Config(), **sections)
 
 
-@pytest.mark.parametrize("name", ["host_1.1.pt.trace.json", "host_1.1.pt.trace.json.gz"])
-def test_the_breakdown_of_a_known_step(tmp_path: Path, name: str) -> None:
-    write(tmp_path, cpu_trace(3, wait=10, mm=30, norm=20, idle=40), name)
-    found = read_trace(newest_trace(tmp_path))
-    assert (found.device, found.steps) == ("CPU", 3)
-    assert found.step_ms == pytest.approx(100)
-    assert found.phases_ms == pytest.approx(dict.fromkeys(REGIONS, 0) | {"data_wait": 10, "student_forward": 90})
-    assert found.other_ms == pytest.approx(0)
-    assert found.busy == pytest.approx(0.5)
-    assert found.matrix == pytest.approx(0.6)
-
-
-@pytest.mark.parametrize(
-    ("name", "matrix"),
-    [
-        ("aten::mm", 1),
-        ("aten::baddbmm_", 1),
-        ("reco_fast::winograd_convolution", 1),
-        ("aten::batch_norm", 0),
-        ("aten::sum", 0),
-    ],
-)
-def test_what_counts_as_matrix_work(tmp_path: Path, name: str, matrix: float) -> None:
-    step = [event("ProfilerStep#0", "user_annotation", 0, 10), event("ProfilerStep#1", "user_annotation", 10, 10)]
-    write(tmp_path, [*step, event(name, "cpu_op", 2, 5), event(name, "cpu_op", 12, 5)])
-    assert read_trace(newest_trace(tmp_path)).matrix == matrix
-
-
-def test_a_host_that_runs_ahead_does_not_shorten_the_step(tmp_path: Path) -> None:
-    kernels = {"sm90_xmma_gemm": 60.0, "elementwise_kernel": 30.0}
-    write(tmp_path, gpu_trace(5, wait=1, kernels=kernels, period=100, host=5))
-    found = read_trace(newest_trace(tmp_path))
-    assert found.device == "GPU"
-    assert found.step_ms == pytest.approx(100)
-    assert found.phases_ms["backward"] == pytest.approx(90)
-    assert found.busy == pytest.approx(0.9, abs=0.03)
-    assert found.matrix == pytest.approx(2 / 3)
-
-
 CPU, GPU = cpu_trace, gpu_trace
-GEMM, RELU, NCCL = "sm90_xmma_gemm", "vectorized_elementwise_kernel", "ncclDevKernel_AllReduce"
 
 
 @pytest.mark.parametrize(
@@ -138,7 +47,9 @@ GEMM, RELU, NCCL = "sm90_xmma_gemm", "vectorized_elementwise_kernel", "ncclDevKe
         (GPU(3, wait=0, kernels={GEMM: 30, RELU: 69}, period=100, host=9), config(), "memory", "--data.image-size"),
     ],
 )
-def test_the_bound_and_the_setting(tmp_path: Path, events: Events, given: Config, bound: str, advice: str) -> None:
+def test_the_bound_and_the_setting(
+    tmp_path: Path, events: list[dict[str, Any]], given: Config, bound: str, advice: str
+) -> None:
     verdict = report.judge(read_trace(write(tmp_path, events)), given)
     assert verdict.bound == bound
     assert advice in verdict.advice
@@ -162,9 +73,29 @@ def test_the_report_of_a_run(tmp_path: Path, profiled: Path, capsys: pytest.Capt
     text = capsys.readouterr().out
     for name in (*REGIONS, "other", "images/s", "p95", "bound: ", "try: ", "a large matrix product"):
         assert name in text
+    assert "kernel" not in text  # which is about a GPU
     assert f"recorded: {PROFILED_STEPS} steps" in text
     assert (run / "profile.txt").read_text() == text
     assert (run / "profile.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_of_a_gpu_says_whose_time_a_phase_is_and_when_nothing_ran(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    write(tmp_path, threads_and_streams())
+    (tmp_path / "config.json").write_text(json.dumps(Config().to_json()))
+    line = {"kind": "train", "step": 2, "images_per_second": 5.0, "data_wait_fraction": 0.1}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert report.report(report.ReportCommand(tmp_path)) == 0
+    text = capsys.readouterr().out
+    assert "kernels that the host launched in its range" in text
+    rows = dict(re.findall(r"^  (.{17}) +([\d.]+) ms", text, re.MULTILINE))
+    times = {name.strip(): float(ms) for name, ms in rows.items()}
+    assert list(times) == [*REGIONS, "other", "no kernel running"]
+    assert times["no kernel running"] == 29
+    # The step is 100 ms; 3 ms of the loader's kernels ran beside the loss's.
+    assert sum(times.values()) - times["data_wait"] == pytest.approx(103)
 
 
 def test_a_name_of_any_bytes_and_a_log_cut_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,9 +35,14 @@ CPU = torch.device("cpu")
 PROFILER = "data/plugin/pytorch_profiler"
 
 
+def content(folder: Path) -> Any:
+    (path,) = folder.glob("*.pt.trace.json.gz")
+    return json.loads(gzip.decompress(path.read_bytes()))
+
+
 def test_the_trace_has_every_named_range_of_every_recorded_step(profiled: Path) -> None:
-    (path,) = (profiled / "tensorboard").glob("*.pt.trace.json")
-    events = [event for event in json.loads(path.read_text())["traceEvents"] if event.get("cat") == "user_annotation"]
+    events = content(profiled / "tensorboard")["traceEvents"]
+    events = [event for event in events if event.get("cat") == "user_annotation"]
     counted = Counter(event["name"] for event in events)
     assert {name: counted[name] for name in REGIONS} == dict.fromkeys(REGIONS, PROFILED_STEPS)
     steps = [event for event in events if event["name"].startswith("ProfilerStep#")]
@@ -50,10 +55,9 @@ def test_the_trace_has_every_named_range_of_every_recorded_step(profiled: Path) 
 
 
 def test_the_trace_has_allocations_and_shapes(profiled: Path) -> None:
-    (path,) = (profiled / "tensorboard").glob("*.pt.trace.json")
-    content = json.loads(path.read_text())
-    assert content["profile_memory"] == content["record_shapes"] == 1
-    assert any(event.get("name") == "[memory]" for event in content["traceEvents"])
+    found = content(profiled / "tensorboard")
+    assert found["profile_memory"] == found["record_shapes"] == 1
+    assert any(event.get("name") == "[memory]" for event in found["traceEvents"])
 
 
 def test_the_log_has_step_times_and_utilisation(profiled: Path) -> None:
@@ -84,8 +88,7 @@ def test_an_evaluation_ends_the_recording(tmp_path: Path) -> None:
                 hook.finish()
                 torch.ones(4).sigmoid()
             hook.step()
-    (path,) = tmp_path.glob("*.pt.trace.json")
-    counted = Counter(event.get("name") for event in json.loads(path.read_text())["traceEvents"])
+    counted = Counter(event.get("name") for event in content(tmp_path)["traceEvents"])
     assert (counted["aten::exp"], counted["aten::sigmoid"]) == (2, 0)
 
 
@@ -93,15 +96,13 @@ def test_an_evaluation_of_a_run_ends_the_recording(tmp_path: Path) -> None:
     data = f"--data.path {write_pictures(tmp_path / 'images', 32)} --run.dir {tmp_path / 'run'} --data.loader torch"
     options = "--train.epochs 2 --eval.every 1 --profile.enabled --profile.wait 0 --profile.warmup 1 --profile.active 3"
     assert train.train(*train.parse(["cifar10", *SMALL, *data.split(), *options.split()])) == 0
-    (path,) = (tmp_path / "run" / "tensorboard").glob("*.pt.trace.json")
-    names = {event.get("name", "") for event in json.loads(path.read_text())["traceEvents"]}
+    names = {event.get("name", "") for event in content(tmp_path / "run" / "tensorboard")["traceEvents"]}
     assert {name for name in names if name.startswith("ProfilerStep#")} == {"ProfilerStep#1"}  # of steps 1, 2 and 3
 
 
-def test_with_cuda_the_recorded_steps_leave_a_timeline_of_their_allocations(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """CUDA's allocator and its share of the profiler are stand-ins: what they are told, and when."""
+@pytest.fixture
+def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What CUDA's allocator is told. It and its share of the profiler are stand-ins."""
     told: list[str] = []
     memory = torch.cuda.memory
 
@@ -109,16 +110,42 @@ def test_with_cuda_the_recorded_steps_leave_a_timeline_of_their_allocations(
         assert activities == [ProfilerActivity.CPU, ProfilerActivity.CUDA]
         return profile(activities=activities[:1], **options)
 
+    def history(enabled: str | None = "all", *, stacks: str = "all", **_: object) -> None:
+        told.append(f"{stacks} stacks" if enabled else "no history")
+
     monkeypatch.setattr("reco_fast.profiling.trace.profile", on_cpu)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(memory, "_record_memory_history", lambda enabled="all", **_: told.append(f"history {enabled}"))
+    monkeypatch.setattr(memory, "_record_memory_history", history)
     monkeypatch.setattr(memory, "_dump_snapshot", lambda path: told.append(f"dump {Path(path).relative_to(tmp_path)}"))
-    with trace(tmp_path, wait=1, warmup=1, active=2) as hook:
+    return told
+
+
+DUMP = [f"dump memory_{os.getpid()}.pickle", "no history"]
+
+
+@pytest.mark.filterwarnings("ignore:Profiler won't be using warmup")
+@pytest.mark.parametrize(("wait", "warmup"), [(1, 1), (0, 0)])
+def test_with_cuda_the_recorded_steps_alone_leave_a_timeline_of_their_allocations(
+    tmp_path: Path, told: list[str], wait: int, warmup: int
+) -> None:
+    with trace(tmp_path, wait=wait, warmup=warmup, active=2) as hook:
         for step in range(6):
             told.append(f"step {step}")
             hook.step()
-    dump = f"dump memory_{os.getpid()}.pickle"
-    assert told == ["history all", *(f"step {n}" for n in range(4)), dump, "history None", "step 4", "step 5"]
+    steps = [f"step {number}" for number in range(6)]
+    before, end = wait + warmup, wait + warmup + 2
+    assert told == [*steps[:before], "python stacks", *steps[before:end], *DUMP, *steps[end:]]
+
+
+def test_with_cuda_an_evaluation_ends_the_timeline_of_allocations(tmp_path: Path, told: list[str]) -> None:
+    with trace(tmp_path, wait=0, warmup=1, active=5) as hook:
+        hook.finish()
+        assert told == []
+        hook.step()
+        hook.finish()
+        assert told == ["python stacks", *DUMP]
+        hook.step()
+    assert told == ["python stacks", *DUMP]
 
 
 @pytest.mark.parametrize(("objective", "passes"), [("reco", 2), ("moco", 1)])
