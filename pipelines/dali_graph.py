@@ -88,9 +88,15 @@ def graph(
     return (*views, images.cpu() if on_gpu else images) if with_decoded else tuple(views)
 
 
+_MOST_RESERVED = 1_500_000  # pixels; of a camera's 12 million, a batch of 256 would reserve 6 GB
+
+
 def _decoder_buffers(height: int, width: int) -> dict[str, Any]:
     """For `decoders.image` with device "mixed": the share of its hardware engine, where the GPU has one, and buffers
     of the data's size; the defaults are 16 MiB on the GPU and two of 8 MiB pinned for each thread."""
+    shrink = min(1.0, math.sqrt(_MOST_RESERVED / (height * width)))
+    height = max(1, int(shrink * height))
+    width = max(1, min(int(shrink * width), _MOST_RESERVED // height))
     coefficients = 6 * height * width  # 16 bits each, of three planes that are not subsampled
     return {
         "hw_decoder_load": 0.65,
