@@ -25,8 +25,9 @@ def view_inputs(view: ViewRecipe, p: ViewParameters, on_gpu: bool) -> dict[str, 
         "shape": np.stack([p.height, p.width], axis=1).astype(np.int32),
     }
     if view.jitter_probability:
+        if not on_gpu:
+            inputs["jitter"] = p.jitter
         inputs |= {
-            "jitter": p.jitter,
             "brightness": p.brightness.astype(np.float32),
             "contrast": p.contrast.astype(np.float32),
             "saturation": p.saturation.astype(np.float32),
@@ -111,10 +112,14 @@ def _view(images: Any, p: dict[str, Any], recipe: Recipe, on_gpu: bool, output: 
     # A slice and then a resize, because the resize's own region of interest lets pixels from outside bleed in.
     view = fn.slice(images, start=p["start"], shape=p["shape"], axes=(0, 1))
     view = fn.resize(view, size=[recipe.size, recipe.size], antialias=True)
-    if p.get("jitter"):
-        view = brightness(view, p["brightness"])
-        view = contrast_on_gpu(view, p["contrast"].gpu()) if on_gpu else contrast(view, p["contrast"])
-        view = saturation_and_hue(view, p["saturation"], p["hue"])
+    if "contrast" in p:
+        if on_gpu:  # of all images, also with factors of 1, which change nothing: to pick some would take longer
+            view = saturation_and_hue(
+                contrast_on_gpu(brightness(view, p["brightness"]), p["contrast"].gpu()), p["saturation"], p["hue"]
+            )
+        elif p["jitter"]:
+            view = contrast(brightness(view, p["brightness"]), p["contrast"])
+            view = saturation_and_hue(view, p["saturation"], p["hue"])
     if p.get("grayscale"):
         view = fn.color_space_conversion(_grey(view), image_type=types.GRAY, output_type=types.RGB)
     if p.get("blur"):
