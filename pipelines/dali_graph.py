@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import nvidia.dali
+import nvidia.dali.tensors
 import torch
 from numpy.typing import NDArray
 
 from reco_fast.pipelines.augmentations import Recipe, ViewParameters, ViewRecipe, sample_parameters
 
-__all__ = ["graph", "view_inputs"]
+__all__ = ["graph", "to_dali", "view_inputs"]
 
 _dali: Any = nvidia.dali  # its type stubs know neither the data types nor conditionals
 fn, types, pipeline_def = _dali.fn, _dali.types, _dali.pipeline_def
@@ -53,6 +54,15 @@ def gaussian_window(sigma: float) -> NDArray[np.float32]:
     return (weights / weights.sum()).astype(np.float32)[None]
 
 
+def to_dali(values: Any) -> Any:
+    """An input of n rows, an array or a list of arrays, as what DALI would turn it into in the thread that trains.
+    Images, [n, H, W, 3], get their layout."""
+    tensors = _dali.tensors
+    if isinstance(values, list):
+        return [tensors.TensorCPU(value) for value in values]
+    return tensors.TensorListCPU(values, layout="HWC" if values.ndim == 4 else "")
+
+
 _TYPES = {"bool": types.BOOL, "int32": types.INT32, "float32": types.FLOAT}
 
 
@@ -62,27 +72,30 @@ def graph(
     recipe: Recipe,
     on_gpu: bool,
     dtype: torch.dtype,
-    largest: tuple[int, int],
+    largest: tuple[int, int] | None,
     with_decoded: bool,
 ) -> tuple[Any, ...]:
     """One decode, one crop a view. Inputs in the order of `DaliLoader._feed`. `largest`: height and width for which
-    the GPU's decoders reserve memory; for a larger image they get more. Outputs: the views, and after them the decoded
-    images on the CPU if they are asked for."""
+    the GPU's decoders reserve memory, more for a larger image; None where the images come decoded. Outputs: the views,
+    and after them the decoded images on the CPU if they are asked for."""
     examples = [view_inputs(view, sample_parameters(view, 0, 0, [0], [1], [1]), on_gpu) for view in recipe.views]
     rows = [np.asarray(value[0]) for example in examples for value in example.values()]
-    encoded, *values = fn.external_source(
+    images, *values = fn.external_source(
         source=feed,
         num_outputs=1 + len(rows),
         dtype=[types.UINT8, *(_TYPES[row.dtype.name] for row in rows)],
-        ndim=[1, *(row.ndim for row in rows)],
+        ndim=[1 if largest else 3, *(row.ndim for row in rows)],
     )
-    images = fn.decoders.image(
-        encoded,
-        device="mixed" if on_gpu else "cpu",
-        output_type=types.RGB,
-        jpeg_fancy_upsampling=True,  # as the CPU's decoder does
-        **(_decoder_buffers(*largest) if on_gpu else {}),
-    )
+    if largest:
+        images = fn.decoders.image(
+            images,
+            device="mixed" if on_gpu else "cpu",
+            output_type=types.RGB,
+            jpeg_fancy_upsampling=True,  # as the CPU's decoder does
+            **(_decoder_buffers(*largest) if on_gpu else {}),
+        )
+    elif on_gpu:
+        images = images.gpu()
     inputs = iter(values)
     output = types.FLOAT16 if dtype == torch.float16 else types.FLOAT
     views = [_view(images, {name: next(inputs) for name in example}, recipe, on_gpu, output) for example in examples]
