@@ -101,7 +101,12 @@ def test_what_dali_decoded_is_not_decoded_again(
 
     def noted(self: DaliLoader, positions: Any, images: Any) -> Any:
         given.append({"array"} if isinstance(images, Decoded) else {"JPEG PPM".split()[s.decoded] for s in images})
-        return prepare(self, positions, images)
+        prepared = prepare(self, positions, images)
+        kinds = {
+            type(tensor).__name__ for entry in prepared.inputs for tensor in (entry if type(entry) is list else [entry])
+        }
+        assert kinds <= {"TensorCPU", "TensorListCPU"}  # or the thread that trains would turn them into such
+        return prepared
 
     def counted(self: DaliLoader) -> Any:
         pipeline = build(self)
