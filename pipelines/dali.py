@@ -154,13 +154,14 @@ class DaliLoader(Loader):
         return prepared.inputs
 
     def _prepare(self, positions: NDArray[np.int64], images: list[Sample] | Decoded) -> "_Prepared":
+        content: Any
         if isinstance(images, Decoded):
-            samples, places, encoded = [], images.places, images.pixels
-            heights, widths = (np.full(len(places), side) for side in encoded.shape[1:3])
+            samples, places, content = [], *images
+            heights, widths = (np.full(len(places), side) for side in content.shape[1:3])
         else:
-            samples, encoded = images, [np.frombuffer(sample.data, np.uint8) for sample in images]
+            samples, content = images, [np.frombuffer(sample.data, np.uint8) for sample in images]
             places, heights, widths = np.array([(s.place, s.height, s.width) for s in samples], np.int64).T.copy()
-        inputs = [to_dali(encoded)]
+        inputs = [to_dali(content)]
         for number, view in enumerate(self._recipe.views):
             parameters = sample_parameters(view, number, self._seed, positions, heights, widths)
             inputs.extend(map(to_dali, view_inputs(view, parameters, self._on_gpu).values()))
