@@ -159,6 +159,9 @@ class _Field(IntEnum):
 
 
 _CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
+_SINGLE = range(_Field.CROP_LEFT + 1)
+_PROPOSALS = [field + attempt for field in (_Field.CROP_AREA, _Field.CROP_ASPECT) for attempt in range(_CROP_ATTEMPTS)]
+_DRAWN = np.array([*_SINGLE, *_PROPOSALS])[:, None]  # a single field's row is its number, the proposals' are the last
 _VIEWS, _ORDER = 0, 1  # what a draw is for
 
 
@@ -180,21 +183,19 @@ def sample_parameters(
     """
     heights, widths = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
     stream = _hash(seed, _VIEWS, view_number, np.asarray(positions, np.int64))
-
-    def uniform(field: int) -> Float64Array:
-        return _unit(_stir(stream, field))
+    drawn = _unit(_stir(stream, _DRAWN))  # at once: 30 small calls would cost more than the numbers
 
     def between(low: float, high: float, field: int) -> Float64Array:
-        return low + (high - low) * uniform(field)
+        return low + (high - low) * drawn[field]
 
-    jittered = uniform(_Field.JITTER) < view.jitter_probability
+    jittered = drawn[_Field.JITTER] < view.jitter_probability
 
     def factor(strength: float, field: int) -> Float64Array:
         return np.where(jittered, between(max(0.0, 1 - strength), 1 + strength, field), 1.0)
 
-    blurred = uniform(_Field.BLUR) < view.blur_probability
+    blurred = drawn[_Field.BLUR] < view.blur_probability
     if view.center_crop is None:
-        top, left, height, width = _random_crop(view, stream, heights, widths)
+        top, left, height, width = _random_crop(view, drawn, heights, widths)
     else:
         top, left, height, width = _central_square(view.center_crop, heights, widths)
     return ViewParameters(
@@ -202,30 +203,29 @@ def sample_parameters(
         left=left,
         height=height,
         width=width,
-        flip=uniform(_Field.FLIP) < view.flip_probability,
+        flip=drawn[_Field.FLIP] < view.flip_probability,
         brightness=factor(view.brightness, _Field.BRIGHTNESS),
         contrast=factor(view.contrast, _Field.CONTRAST),
         saturation=factor(view.saturation, _Field.SATURATION),
         hue=np.where(jittered, between(-view.hue, view.hue, _Field.HUE), 0.0),
-        grayscale=uniform(_Field.GRAYSCALE) < view.grayscale_probability,
+        grayscale=drawn[_Field.GRAYSCALE] < view.grayscale_probability,
         blur_sigma=np.where(blurred, between(*view.blur_sigma, _Field.BLUR_SIGMA), 0.0),
     )
 
 
 def _random_crop(
-    view: ViewRecipe, stream: NDArray[np.uint64], heights: Int64Array, widths: Int64Array
+    view: ViewRecipe, drawn: Float64Array, heights: Int64Array, widths: Int64Array
 ) -> tuple[Int64Array, Int64Array, Int64Array, Int64Array]:
     """torchvision's RandomResizedCrop: the first of ten proposals that fits, else the largest central crop whose
-    aspect is allowed. All ten are drawn at once, [n, 10]."""
-    attempts = np.arange(_CROP_ATTEMPTS)
-    area = view.area[0] + (view.area[1] - view.area[0]) * _unit(_stir(stream[:, None], _Field.CROP_AREA + attempts))
+    aspect is allowed. All ten are made at once, [10, n]."""
+    areas, aspects = np.split(drawn[-2 * _CROP_ATTEMPTS :], 2)
+    area = (view.area[0] + (view.area[1] - view.area[0]) * areas) * (heights * widths)
     low, high = np.log(view.aspect)
-    aspect = np.exp(low + (high - low) * _unit(_stir(stream[:, None], _Field.CROP_ASPECT + attempts)))
-    area *= (heights * widths)[:, None]
+    aspect = np.exp(low + (high - low) * aspects)
     width = np.rint(np.sqrt(area * aspect)).astype(np.int64)
     height = np.rint(np.sqrt(area / aspect)).astype(np.int64)
-    fits = (width > 0) & (width <= widths[:, None]) & (height > 0) & (height <= heights[:, None])
-    first = (np.arange(len(stream)), fits.argmax(axis=1))
+    fits = (width > 0) & (width <= widths) & (height > 0) & (height <= heights)
+    first = (fits.argmax(axis=0), np.arange(len(heights)))
     found = fits[first]
 
     whole = widths / heights
@@ -235,8 +235,8 @@ def _random_crop(
     height = np.where(found, height[first], np.clip(fallback_height, 1, heights))
 
     # floor(u · m) is uniform over 0 … m - 1, up to 2⁻⁵³ m
-    top = (_unit(_stir(stream, _Field.CROP_TOP)) * (heights - height + 1)).astype(np.int64)
-    left = (_unit(_stir(stream, _Field.CROP_LEFT)) * (widths - width + 1)).astype(np.int64)
+    top = (drawn[_Field.CROP_TOP] * (heights - height + 1)).astype(np.int64)
+    left = (drawn[_Field.CROP_LEFT] * (widths - width + 1)).astype(np.int64)
     top = np.where(found, top, (heights - height) // 2)
     left = np.where(found, left, (widths - width) // 2)
     return top, left, height, width

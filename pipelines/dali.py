@@ -1,5 +1,6 @@
 """The recipe by NVIDIA DALI: batches are read ahead, run through `dali_graph`, and mended where an image is bad."""
 
+import ctypes
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -10,14 +11,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from reco_fast.pipelines.augmentations import Recipe, sample_parameters
-from reco_fast.pipelines.dali_graph import graph, view_inputs
+from reco_fast.pipelines.dali_graph import graph, to_dali, view_inputs
 from reco_fast.pipelines.image_source import DataError, ImageSource
 from reco_fast.pipelines.images import BadImage, to_ppm
 from reco_fast.pipelines.journal import Journal
-from reco_fast.pipelines.loader import Batch, ImageReader, Loader, OnBadImage, Sample
+from reco_fast.pipelines.loader import Batch, Decoded, ImageReader, Loader, OnBadImage, Sample
 from reco_fast.pipelines.order import Order
 
 __all__ = ["DaliLoader"]
@@ -54,10 +56,11 @@ class DaliLoader(Loader):
         self._reader = ImageReader(source, on_bad_image, cache_bytes=_CACHE_BYTES if order.steps is None else 0)
         self._bad = self._reader.bad
         self._ahead = _ReadAhead(order, self._reader, first_step, self._prepare, self._journal)
-        self._again: deque[_Prepared] = deque()  # taken from DALI when a batch before it failed
+        self._again: deque[_Prepared] = deque()  # that the next pipeline begins with
         self._in_flight: deque[_Prepared] = deque()
         self._pipeline: Any = None
-        self._with_decoded = False  # of its outputs
+        self._takes_decoded = False  # its inputs
+        self._with_decoded = False  # its outputs
 
     def __next__(self) -> Batch:
         while not self._ahead.closed:
@@ -65,6 +68,11 @@ class DaliLoader(Loader):
                 self._pipeline = self._build()
             try:
                 outputs = self._run()
+            except StopIteration:
+                if not self._again:
+                    raise
+                self._drop_pipeline()  # it has given out all that it took; what comes is for one of the other kind
+                continue
             except DataError:  # from our own thread
                 raise
             except (RuntimeError, ValueError, IndexError) as error:  # what DALI raises for an image it cannot use
@@ -75,9 +83,21 @@ class DaliLoader(Loader):
             if self._with_decoded:
                 *outputs, decoded = outputs
                 self._keep(prepared.samples, decoded)
-            views = tuple(from_dlpack(view.as_tensor()).permute(0, 3, 1, 2) for view in outputs)
-            return Batch(views, torch.tensor([sample.place for sample in prepared.samples]))
+            return Batch(tuple(self._hand_out(view) for view in outputs), torch.from_numpy(prepared.places))
         raise StopIteration
+
+    def _hand_out(self, view: Any) -> Tensor:
+        """DALI's [n, S, S, 3] as [n, 3, S, S], channels-last in memory."""
+        if not self._on_gpu:
+            return from_dlpack(view.as_tensor()).permute(0, 3, 1, 2)
+        # A copy: DALI frees what it exports by DLPack in a thread that calls cudaDeviceSynchronize, which ends every
+        # capture of a CUDA graph (NVIDIA/DALI #6259). The copy waits for the view and is queued on the stream on which
+        # `copy` was allocated and will be used; DALI orders the view's release, and so its reuse, after that stream.
+        size = self._recipe.size
+        copy = torch.empty((len(view), size, size, 3), dtype=self._dtype, device=self._device)
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        view.copy_to_external(ctypes.c_void_p(copy.data_ptr()), ctypes.c_void_p(stream), non_blocking=True)
+        return copy.permute(0, 3, 1, 2)
 
     def _run(self) -> Any:
         return self._pipeline.run(torch.cuda.current_stream(self._device)) if self._on_gpu else self._pipeline.run()
@@ -96,8 +116,11 @@ class DaliLoader(Loader):
         if not self._again:
             self._again.append(self._ahead.take())
         samples = self._again[0].samples
-        largest = max(sample.height for sample in samples), max(sample.width for sample in samples)
-        self._with_decoded = self._reader.keeps_decoded(*largest)
+        self._takes_decoded = not samples
+        largest = None
+        if samples:
+            largest = max(sample.height for sample in samples), max(sample.width for sample in samples)
+        self._with_decoded = largest is not None and self._reader.keeps_decoded(*largest)
         pipeline = graph(
             self._feed,
             self._recipe,
@@ -122,24 +145,32 @@ class DaliLoader(Loader):
             self._reader.keep(samples[row], np.asarray(decoded.at(row)))
 
     def _feed(self) -> list[Any]:
-        """The next batch's inputs, as DALI asks for them."""
+        """The next batch's inputs, as DALI asks for them. Raises StopIteration where this pipeline takes no more."""
         prepared = self._again.popleft() if self._again else self._ahead.take()
+        if self._takes_decoded != (not prepared.samples):
+            self._again.appendleft(prepared)
+            raise StopIteration
         self._in_flight.append(prepared)
         return prepared.inputs
 
-    def _prepare(self, positions: NDArray[np.int64], samples: list[Sample]) -> "_Prepared":
-        inputs: list[Any] = [[np.frombuffer(sample.data, np.uint8) for sample in samples]]
-        heights = np.array([sample.height for sample in samples], np.int64)
-        widths = np.array([sample.width for sample in samples], np.int64)
+    def _prepare(self, positions: NDArray[np.int64], images: list[Sample] | Decoded) -> "_Prepared":
+        content: Any
+        if isinstance(images, Decoded):
+            samples, places, content = [], *images
+            heights, widths = (np.full(len(places), side) for side in content.shape[1:3])
+        else:
+            samples, content = images, [np.frombuffer(sample.data, np.uint8) for sample in images]
+            places, heights, widths = np.array([(s.place, s.height, s.width) for s in samples], np.int64).T.copy()
+        inputs = [to_dali(content)]
         for number, view in enumerate(self._recipe.views):
             parameters = sample_parameters(view, number, self._seed, positions, heights, widths)
-            inputs.extend(view_inputs(view, parameters, self._on_gpu).values())
-        return _Prepared(positions, samples, inputs)
+            inputs.extend(map(to_dali, view_inputs(view, parameters, self._on_gpu).values()))
+        return _Prepared(positions, places, samples, inputs)
 
     def _recover(self, error: Exception) -> None:
         """After a failed batch: give its images to Pillow, which decodes them or says which are bad, and do what was
         under way again in a new pipeline."""
-        if not self._in_flight or self._in_flight[0].by_pillow:
+        if not self._in_flight or self._in_flight[0].by_pillow or self._takes_decoded:
             raise error
         self._drop_pipeline()
         failed, *rest = self._in_flight
@@ -168,9 +199,13 @@ class DaliLoader(Loader):
 
 class _Prepared(NamedTuple):
     positions: NDArray[np.int64]
-    samples: list[Sample]
+    places: NDArray[np.int64]
+    samples: list[Sample]  # none of a batch that comes decoded
     inputs: list[Any]  # of the graph, in its order
     by_pillow: bool = False
+
+
+_Prepare = Callable[[NDArray[np.int64], list[Sample] | Decoded], _Prepared]
 
 
 class _ReadAhead:
@@ -181,7 +216,7 @@ class _ReadAhead:
         order: Order,
         reader: ImageReader,
         first_step: int,
-        prepare: Callable[[NDArray[np.int64], list[Sample]], _Prepared],
+        prepare: _Prepare,
         journal: Journal,
     ) -> None:
         self._queue: Queue[_Prepared | BaseException] = Queue(_READ_AHEAD)
@@ -215,7 +250,7 @@ class _ReadAhead:
         order: Order,
         reader: ImageReader,
         step: int,
-        prepare: Callable[[NDArray[np.int64], list[Sample]], _Prepared],
+        prepare: _Prepare,
         journal: Journal,
     ) -> None:
         try:
@@ -223,8 +258,11 @@ class _ReadAhead:
                 while not self.closed and (order.steps is None or step < order.steps):
                     positions, indices = order.batch(step)
                     journal.begin(indices.tolist())
-                    chunks = pool.map(lambda part: [reader.read(i) for i in part.tolist()], _split(indices))
-                    self._put(prepare(positions, [sample for chunk in chunks for sample in chunk]))
+                    images: list[Sample] | Decoded | None = reader.decoded(indices)
+                    if images is None:
+                        chunks = pool.map(lambda part: [reader.read(i) for i in part.tolist()], _split(indices))
+                        images = [sample for chunk in chunks for sample in chunk]
+                    self._put(prepare(positions, images))
                     step += 1
             self._put(StopIteration())
         except BaseException as error:

@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import nvidia.dali
+import nvidia.dali.tensors
 import torch
 from numpy.typing import NDArray
 
 from reco_fast.pipelines.augmentations import Recipe, ViewParameters, ViewRecipe, sample_parameters
 
-__all__ = ["graph", "view_inputs"]
+__all__ = ["graph", "to_dali", "view_inputs"]
 
 _dali: Any = nvidia.dali  # its type stubs know neither the data types nor conditionals
 fn, types, pipeline_def = _dali.fn, _dali.types, _dali.pipeline_def
@@ -25,8 +26,9 @@ def view_inputs(view: ViewRecipe, p: ViewParameters, on_gpu: bool) -> dict[str, 
         "shape": np.stack([p.height, p.width], axis=1).astype(np.int32),
     }
     if view.jitter_probability:
+        if not on_gpu:
+            inputs["jitter"] = p.jitter
         inputs |= {
-            "jitter": p.jitter,
             "brightness": p.brightness.astype(np.float32),
             "contrast": p.contrast.astype(np.float32),
             "saturation": p.saturation.astype(np.float32),
@@ -52,6 +54,15 @@ def gaussian_window(sigma: float) -> NDArray[np.float32]:
     return (weights / weights.sum()).astype(np.float32)[None]
 
 
+def to_dali(values: Any) -> Any:
+    """An input of n rows, an array or a list of arrays, as what DALI would turn it into in the thread that trains.
+    Images, [n, H, W, 3], get their layout."""
+    tensors = _dali.tensors
+    if isinstance(values, list):
+        return [tensors.TensorCPU(value) for value in values]
+    return tensors.TensorListCPU(values, layout="HWC" if values.ndim == 4 else "")
+
+
 _TYPES = {"bool": types.BOOL, "int32": types.INT32, "float32": types.FLOAT}
 
 
@@ -61,36 +72,45 @@ def graph(
     recipe: Recipe,
     on_gpu: bool,
     dtype: torch.dtype,
-    largest: tuple[int, int],
+    largest: tuple[int, int] | None,
     with_decoded: bool,
 ) -> tuple[Any, ...]:
     """One decode, one crop a view. Inputs in the order of `DaliLoader._feed`. `largest`: height and width for which
-    the GPU's decoders reserve memory; for a larger image they get more. Outputs: the views, and after them the decoded
-    images on the CPU if they are asked for."""
+    the GPU's decoders reserve memory, more for a larger image; None where the images come decoded. Outputs: the views,
+    and after them the decoded images on the CPU if they are asked for."""
     examples = [view_inputs(view, sample_parameters(view, 0, 0, [0], [1], [1]), on_gpu) for view in recipe.views]
     rows = [np.asarray(value[0]) for example in examples for value in example.values()]
-    encoded, *values = fn.external_source(
+    images, *values = fn.external_source(
         source=feed,
         num_outputs=1 + len(rows),
         dtype=[types.UINT8, *(_TYPES[row.dtype.name] for row in rows)],
-        ndim=[1, *(row.ndim for row in rows)],
+        ndim=[1 if largest else 3, *(row.ndim for row in rows)],
     )
-    images = fn.decoders.image(
-        encoded,
-        device="mixed" if on_gpu else "cpu",
-        output_type=types.RGB,
-        jpeg_fancy_upsampling=True,  # as the CPU's decoder does
-        **(_decoder_buffers(*largest) if on_gpu else {}),
-    )
+    if largest:
+        images = fn.decoders.image(
+            images,
+            device="mixed" if on_gpu else "cpu",
+            output_type=types.RGB,
+            jpeg_fancy_upsampling=True,  # as the CPU's decoder does
+            **(_decoder_buffers(*largest) if on_gpu else {}),
+        )
+    elif on_gpu:
+        images = images.gpu()
     inputs = iter(values)
     output = types.FLOAT16 if dtype == torch.float16 else types.FLOAT
     views = [_view(images, {name: next(inputs) for name in example}, recipe, on_gpu, output) for example in examples]
     return (*views, images.cpu() if on_gpu else images) if with_decoded else tuple(views)
 
 
+_MOST_RESERVED = 1_500_000  # pixels; of a camera's 12 million, a batch of 256 would reserve 6 GB
+
+
 def _decoder_buffers(height: int, width: int) -> dict[str, Any]:
     """For `decoders.image` with device "mixed": the share of its hardware engine, where the GPU has one, and buffers
     of the data's size; the defaults are 16 MiB on the GPU and two of 8 MiB pinned for each thread."""
+    shrink = min(1.0, math.sqrt(_MOST_RESERVED / (height * width)))
+    height = max(1, int(shrink * height))
+    width = max(1, min(int(shrink * width), _MOST_RESERVED // height))
     coefficients = 6 * height * width  # 16 bits each, of three planes that are not subsampled
     return {
         "hw_decoder_load": 0.65,
@@ -105,10 +125,14 @@ def _view(images: Any, p: dict[str, Any], recipe: Recipe, on_gpu: bool, output: 
     # A slice and then a resize, because the resize's own region of interest lets pixels from outside bleed in.
     view = fn.slice(images, start=p["start"], shape=p["shape"], axes=(0, 1))
     view = fn.resize(view, size=[recipe.size, recipe.size], antialias=True)
-    if p.get("jitter"):
-        view = brightness(view, p["brightness"])
-        view = contrast_on_gpu(view, p["contrast"].gpu()) if on_gpu else contrast(view, p["contrast"])
-        view = saturation_and_hue(view, p["saturation"], p["hue"])
+    if "contrast" in p:
+        if on_gpu:  # of all images, also with factors of 1, which change nothing: to pick some would take longer
+            view = saturation_and_hue(
+                contrast_on_gpu(brightness(view, p["brightness"]), p["contrast"].gpu()), p["saturation"], p["hue"]
+            )
+        elif p["jitter"]:
+            view = contrast(brightness(view, p["brightness"]), p["contrast"])
+            view = saturation_and_hue(view, p["saturation"], p["hue"])
     if p.get("grayscale"):
         view = fn.color_space_conversion(_grey(view), image_type=types.GRAY, output_type=types.RGB)
     if p.get("blur"):

@@ -18,7 +18,7 @@ from reco_fast.pipelines.images import BadImage, ppm_header, to_plain
 from reco_fast.pipelines.journal import Journal
 from reco_fast.pipelines.order import Order
 
-__all__ = ["Batch", "ImageReader", "Loader", "LoaderKind", "OnBadImage", "Sample", "open_loader", "resolve"]
+__all__ = ["Batch", "Decoded", "ImageReader", "Loader", "LoaderKind", "OnBadImage", "Sample", "open_loader", "resolve"]
 
 LoaderKind = Literal["auto", "dali", "torch"]
 OnBadImage = Literal["skip", "raise"]
@@ -82,11 +82,19 @@ class Sample(NamedTuple):
         return self.data.startswith(b"P6")
 
 
+class Decoded(NamedTuple):
+    """Images as kept: `places` in the source, [n] int64, and `pixels`, [n, H, W, 3] uint8."""
+
+    places: NDArray[np.int64]
+    pixels: NDArray[np.uint8]
+
+
 class ImageReader:
     """Reads images and steps past bad ones: in place of a bad image comes the next good one of the source.
 
     `bad`: index → reason. With `cache_bytes`, a source that fits is read and checked only once, and small images can be
-    kept as what was decoded from them: much of the time that those take goes to their headers and tables.
+    kept as what was decoded from them: those of one size in one array, from which batches are taken, any others as
+    PPMs. Much of the time that small images take goes to their headers and tables.
     """
 
     SMALL = 64 * 64  # pixels
@@ -98,6 +106,8 @@ class ImageReader:
         self._cache: dict[int, Sample] = {}
         self._cache_bytes = self._cache_left = cache_bytes
         self._lock = threading.Lock()
+        self._pixels: NDArray[np.uint8] | None = None  # [len(source), H, W, 3]
+        self._kept = np.zeros(len(source), bool)  # which of its rows are filled
 
     def read(self, index: int) -> Sample:
         """The image at `index`, or the next good one after it.
@@ -108,8 +118,11 @@ class ImageReader:
         count = len(self._source)
         for candidate in range(index, index + count):
             place = candidate % count
-            if place in self._cache:
-                return self._cache[place]
+            cached = self._cache.get(place)  # first: `keep` removes it there after it has put it into the array
+            if cached is not None:
+                return cached
+            if self._kept[place]:
+                return self._as_sample(place)
             if place in self.bad:
                 continue
             try:
@@ -138,8 +151,35 @@ class ImageReader:
 
     def keep(self, sample: Sample, pixels: NDArray[np.uint8]) -> None:
         """In place of a cached JPEG what was decoded from it, [height, width, 3], if it is small."""
-        if sample.place in self._cache and self.keeps_decoded(sample.height, sample.width):
+        if sample.place not in self._cache or not self.keeps_decoded(sample.height, sample.width):
+            return
+        if self._pixels is None:
+            self._pixels = np.empty((len(self._source), *pixels.shape), np.uint8)  # memory is taken row by row
+        if self._pixels.shape[1:] != pixels.shape:
             self._remember(sample._replace(data=ppm_header(sample.height, sample.width) + pixels.tobytes()))
+            return
+        with self._lock:
+            left = self._cache_left + len(sample.data) - pixels.nbytes
+            if left >= 0:
+                self._pixels[sample.place] = pixels
+                self._kept[sample.place] = True  # from here on others read the row
+                del self._cache[sample.place]
+                self._cache_left = left
+
+    def decoded(self, indices: NDArray[np.int64]) -> Decoded | None:
+        """The images at `indices`, [n] int64, each bad one replaced as `read` does; None until all good ones of the
+        source are kept in the array, so that no batch after the first is None again."""
+        if self._pixels is None or np.count_nonzero(self._kept) + len(self.bad) < len(self._kept):
+            return None
+        places = indices.copy()
+        for row in np.flatnonzero(~self._kept[indices]).tolist():
+            places[row] = self.read(int(indices[row])).place
+        return Decoded(places, self._pixels.take(places, axis=0))
+
+    def _as_sample(self, place: int) -> Sample:
+        assert self._pixels is not None
+        height, width = self._pixels.shape[1:3]
+        return Sample(place, ppm_header(height, width) + self._pixels[place].tobytes(), height, width)
 
     def _remember(self, sample: Sample) -> None:
         with self._lock:

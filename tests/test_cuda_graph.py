@@ -2,15 +2,20 @@
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from dispatch import Tape
+from loading import both_loaders, training
 from torch import Tensor, nn
 
 from reco_fast.config import Config, ConfigError, DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from reco_fast.cuda_graph import WARMUP, CudaBackend, Graphed
+from reco_fast.pipelines.augmentations import reco_recipe
+from reco_fast.pipelines.sources import open_source
 from reco_fast.state import TrainState, build_state, check_device
 from reco_fast.step import draw, scheduled, train_step
 
@@ -159,3 +164,25 @@ def test_a_captured_step_is_the_ordinary_one_and_its_replay_waits_for_nothing(pr
     _, plain = run(given, device, None)
     _, captured = run(given, device, Graphed(CudaBackend()), around=no_waiting_in_replays)
     torch.testing.assert_close(captured, plain, rtol=0.02, atol=0.02)  # some of cuDNN's sums have no fixed order
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@both_loaders
+@pytest.mark.parametrize("size", [32, 224])
+def test_a_capture_and_a_loader_at_work_leave_each_other_alone(
+    kind: str, size: int, cifar: Path, photographs: Path
+) -> None:
+    """A call that synchronises the device from any thread ends a capture."""
+
+    def work(views: tuple[Tensor, ...]) -> Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            time.sleep(0.2)  # in which the loader makes batches and frees old ones
+        return torch.stack([view.float().square().mean((1, 2, 3)) for view in views])
+
+    source = open_source(cifar if size == 32 else photographs)
+    with training(kind, source, reco_recipe(size), 16, device="cuda", workers=2) as loader:
+        for _ in range(3):  # captures; at 32 px, DALI's second pipeline begins meanwhile
+            graphed = Graphed(CudaBackend())
+            for _ in range(WARMUP + 9):
+                views = next(loader).views
+                torch.testing.assert_close(graphed(work, views), work(views))

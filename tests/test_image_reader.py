@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from loading import needs_dali, take, training
+from PIL import Image
 from small_runs import write_pictures
 
 from reco_fast.pipelines.augmentations import reco_recipe
 from reco_fast.pipelines.images import decode_image, ppm_header, to_ppm
-from reco_fast.pipelines.loader import ImageReader, Sample
+from reco_fast.pipelines.loader import Decoded, ImageReader
 from reco_fast.pipelines.sources import open_source
 
 
@@ -44,34 +45,85 @@ def test_small_images_are_kept_as_what_was_decoded(tmp_path: Path) -> None:
         assert reader.keeps_decoded(*size) is (expected is ppm)
         reader.keep(reader.read(0), pixels)
         assert reader.read(0) == expected
-    reader = ImageReader(source, "skip", cache_bytes=needed + 100)  # and four headers
+    reader = ImageReader(source, "skip", cache_bytes=needed)
     for index in range(4):
+        assert reader.decoded(np.arange(4)) is None
         reader.keep(reader.read(index), pixels)
     assert all(reader.read(index).data == ppm.data for index in range(4))
     assert not ImageReader(source, "skip", cache_bytes=10**9).keeps_decoded(64, 65)
 
 
+def test_a_batch_is_one_array_once_all_good_images_are_kept(tmp_path: Path) -> None:
+    source = open_source(write_pictures(tmp_path, 4))
+    source.known_bad[1] = "it ends the decoder"
+    reader = ImageReader(source, "skip", cache_bytes=10**6)
+    shape = reader.read(0).height, reader.read(0).width, 3
+    for place in (0, 3, 2):
+        assert reader.decoded(np.array([0, 3])) is None
+        reader.keep(reader.read(place), np.full(shape, place, np.uint8))
+    decoded = reader.decoded(np.array([3, 1, 0]))
+    assert decoded is not None
+    assert decoded.places.tolist() == [3, 2, 0]
+    assert np.array_equal(decoded.pixels, np.array([3, 2, 0], np.uint8)[:, None, None, None] * np.ones(shape, np.uint8))
+
+
+def test_images_of_another_size_are_kept_and_never_in_the_array(tmp_path: Path) -> None:
+    source = open_source(write_pictures(tmp_path, 2))
+    reader = ImageReader(source, "skip", cache_bytes=10**6)
+    first, second = (reader.read(place) for place in range(2))
+    reader.keep(first, np.zeros((first.height, first.width, 3), np.uint8))
+    other = second._replace(width=second.width + 1)
+    reader.keep(other, np.ones((other.height, other.width, 3), np.uint8))
+    assert reader.read(0).data == ppm_header(first.height, first.width) + bytes(3 * first.height * first.width)
+    assert reader.read(1).data[:20].startswith(ppm_header(other.height, other.width))
+    assert reader.decoded(np.arange(2)) is None
+
+
 @needs_dali
-def test_what_dali_decoded_is_not_decoded_again(cifar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the views are those of images that are decoded each time."""
+@pytest.mark.parametrize("mixed", ["same size", "one bad", "two sizes"])
+def test_what_dali_decoded_is_not_decoded_again(
+    mixed: str, cifar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the views are those of images that are decoded each time. Where all are of one size, a batch is one array for
+    a graph without a decoder, which is built once."""
     from reco_fast.pipelines.dali import DaliLoader
 
-    source = open_source(cifar)
-    given: list[set[bytes]] = []  # how the images of a batch begin
-    prepare = DaliLoader._prepare
+    for number, path in enumerate(sorted(cifar.rglob("*.jpg"))):
+        (tmp_path / f"{number:03d}.jpg").write_bytes(path.read_bytes())
+    if mixed == "two sizes":
+        Image.open(tmp_path / "017.jpg").resize((33, 32)).save(tmp_path / "017.jpg")
+    elif mixed == "one bad":
+        (tmp_path / "017.jpg").write_bytes(b"<html>")
+    source = open_source(tmp_path)
+    given: list[set[str]] = []  # what the images of a batch are
+    built: list[bool] = []  # whether with a decoder
+    prepare, build = DaliLoader._prepare, DaliLoader._build
 
-    def noted(self: DaliLoader, positions: Any, samples: list[Sample]) -> Any:
-        given.append({sample.data[:2] for sample in samples})
-        return prepare(self, positions, samples)
+    def noted(self: DaliLoader, positions: Any, images: Any) -> Any:
+        given.append({"array"} if isinstance(images, Decoded) else {"JPEG PPM".split()[s.decoded] for s in images})
+        prepared = prepare(self, positions, images)
+        kinds = {
+            type(tensor).__name__ for entry in prepared.inputs for tensor in (entry if type(entry) is list else [entry])
+        }
+        assert kinds <= {"TensorCPU", "TensorListCPU"}  # or the thread that trains would turn them into such
+        return prepared
+
+    def counted(self: DaliLoader) -> Any:
+        pipeline = build(self)
+        built.append(not self._takes_decoded)
+        return pipeline
 
     monkeypatch.setattr(DaliLoader, "_prepare", noted)
+    monkeypatch.setattr(DaliLoader, "_build", counted)
     kept = take(training("dali", source, reco_recipe(32), 60), 20)  # four epochs
-    assert given[0] == {b"\xff\xd8"}
-    assert given[15:20] == 5 * [{b"P6"}]
+    assert given[0] == {"JPEG"}
+    assert given[15:20] == 5 * [{"PPM"} if mixed == "two sizes" else {"array"}]
+    assert built == ([True] if mixed == "two sizes" else [True, False])
     monkeypatch.setattr(ImageReader, "keeps_decoded", lambda *_: False)
     for ours, theirs in zip(kept, take(training("dali", source, reco_recipe(32), 60), 20), strict=True):
+        assert torch.equal(ours.indices, theirs.indices)
         assert all(map(torch.equal, ours.views, theirs.views))
-    assert given[-1] == {b"\xff\xd8"}
+    assert given[-1] == {"JPEG"}
 
 
 @needs_dali

@@ -1,6 +1,7 @@
 """Both loaders: every image once an epoch, exact resume, a clean end."""
 
 import contextlib
+import ctypes
 import gc
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import sys
 import tarfile
 import threading
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +131,52 @@ def test_the_graph_for_a_gpu_is_accepted_decodes_once_and_reserves_what_the_imag
     assert 3 * 375 * 500 < decoder["device_memory_padding"] < 2**24  # DALI's default
     expected = dali.types.FLOAT16 if dtype == torch.float16 else dali.types.FLOAT
     assert [options["dtype"] for options in given["crop_mirror_normalize"]] == 3 * [expected]
+    graph = dali.graph(lambda: [], reco_recipe(32), True, dtype, None, False, **settings)
+    assert [output.device for output in graph._graph_out] == 3 * ["gpu"]
+    assert len(given["image"]) == 1  # no decoder in the second
+
+
+@needs_dali
+def test_one_large_photograph_does_not_decide_what_the_decoder_reserves() -> None:
+    from reco_fast.pipelines.dali_graph import _decoder_buffers
+
+    assert _decoder_buffers(1000, 1500) == _decoder_buffers(3000, 4500)
+    for height, width in ((3000, 4000), (12_000, 9000), (1, 100_000_000)):
+        given = _decoder_buffers(height, width)
+        pixels = given["preallocate_height_hint"] * given["preallocate_width_hint"]
+        assert 1 <= pixels <= 1_500_000
+        assert given["device_memory_padding"] == given["host_memory_padding"] == 6 * pixels <= 9 * 10**6
+
+
+@needs_dali
+def test_views_of_a_gpu_are_copied_on_the_current_stream_and_never_exported(
+    cifar: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from reco_fast.pipelines import dali
+
+    copies: list[tuple[int, bool]] = []
+    content = np.arange(4 * 32 * 32 * 3, dtype=np.float16).reshape(4, 32, 32, 3)
+
+    class Output:
+        def __len__(self) -> int:
+            return len(content)
+
+        def copy_to_external(self, pointer: Any, cuda_stream: Any, non_blocking: bool) -> None:
+            copies.append((cuda_stream.value, non_blocking))
+            ctypes.memmove(pointer, content.ctypes.data, content.nbytes)
+
+    empty = torch.empty
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=1234))
+    monkeypatch.setattr(torch, "empty", lambda shape, dtype, device: empty(shape, dtype=dtype))
+    monkeypatch.setattr(dali, "from_dlpack", lambda exported: pytest.fail("exported"))
+    with training("dali", open_source(cifar), reco_recipe(32), 4) as opened:
+        loader: Any = opened
+        loader._device, loader._dtype = torch.device("cuda"), torch.float16
+        view = loader._hand_out(Output())
+        loader._device = torch.device("cpu")
+    assert copies == [(1234, True)]
+    assert np.array_equal(view.permute(0, 2, 3, 1), content)
+    assert view.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_batch_is_made_one_call_early_and_handed_over_in_order(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,6 +94,37 @@ def test_contrast_by_arithmetic_as_on_a_gpu_equals_the_operator() -> None:
     assert np.abs(operator - images).mean() > 5
 
 
+@needs_dali
+def test_factors_of_one_change_nothing() -> None:
+    """So on a GPU the jitter may be done to all images, also to those that are drawn to have none."""
+    from reco_fast.pipelines import dali_graph as dali
+
+    images = np.random.default_rng(0).integers(0, 256, (16, 30, 40, 3), dtype=np.uint8)
+    images[0, :, :, 0] = np.arange(30)[:, None]
+    images[1] = 255
+    ones, zeros = np.ones(16, np.float32), np.zeros(16, np.float32)
+
+    @dali.pipeline_def(batch_size=16, num_threads=1, device_id=None)
+    def graph() -> Any:
+        image, one, zero = dali.fn.external_source(
+            source=lambda: (images, ones, zeros),
+            num_outputs=3,
+            dtype=[dali.types.UINT8, dali.types.FLOAT, dali.types.FLOAT],
+            ndim=[3, 0, 0],
+            layout=["HWC", "", ""],
+        )
+        return (
+            dali.brightness(image, one),
+            dali.contrast_on_gpu(image, one),
+            dali.saturation_and_hue(image, one, zero),
+        )
+
+    pipeline = graph()
+    pipeline.build()
+    for output in pipeline.run():
+        assert np.array_equal(np.asarray(output.as_tensor()), images)
+
+
 @both_loaders
 def test_views_are_normalized_channels_last_floats(kind: str, cifar: Path) -> None:
     recipe = reco_recipe(32)
