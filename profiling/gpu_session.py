@@ -97,11 +97,11 @@ def parts(output: Path, images: Path | None, photographs: Path | None, tiny: boo
     found = {
         "accuracy": Part(90, [accuracy], timed=False),
         "kernel-tests": Part(150, tests(6, "relation_loss", "reference", "losses", "launch"), timed=False),
-        "step-tests": Part(150, tests(3, "cuda_graph", "step", "model", "memory_bank"), timed=False),
+        "step-tests": Part(150, tests(4, "cuda_graph", "step", "model", "memory_bank"), timed=False),
     }
     loaders = ["torch", *(["dali"] if importlib.util.find_spec("nvidia.dali") else [])]
     if "dali" in loaders:
-        found["loader-tests"] = Part(150, tests(3, "views", "loaders"), timed=False)
+        found["loader-tests"] = Part(150, tests(3, "gpu_views", "loaders"), timed=False)
     for loader in loaders:
         commands = [
             train(f"train-{loader}", preset, *short, "--data.loader", loader),
@@ -124,12 +124,18 @@ def parts(output: Path, images: Path | None, photographs: Path | None, tiny: boo
         # A process of its own: in float32 it may not fit beside another.
         "plain-resnet50": Part(60, [step("plain-resnet50", *resnet50, "--against", "naive", *rounds50)]),
     }
+    rest = ["--eval.every", 1000, "--run.log-every", 100]
+    found["run"] = Part(60, [train("run", preset, *data, *rest, "--train.max-steps", 600)])
+    found["run-captured"] = Part(60, [train("run-captured", preset, *data, *rest, "--train.max-steps", 600, *captured)])
     profiled = ["--profile.enabled", "--eval.every", 1000]
     commands = [train("profile", preset, *data, *profiled, "--train.max-steps", 200)]
     found["profile"] = Part(60, [*commands, module("profiling.report", output / "profile")])
-    for name, folder, size, batch in (("loader-32", images, 32, 512), ("loader-224", photographs, 224, 256)):
+    # So many batches before the clock starts that a small source has been read once and comes decoded.
+    kinds = ("loader-32", images and images / "train" / "airplane", 32, 512), ("loader-224", photographs, 224, 256)
+    for name, folder, size, batch in kinds:
         if folder is not None:
-            given = ["--data.path", folder, "--image-size", size, "--batch-size", batch]
+            given = ["--data.path", folder, "--image-size", size, "--batch-size", batch, "--rounds", 2]
+            given += ["--warmup", 30 if size == 32 else 8, "--batches", 30 if size == 32 else 12]
             found[name] = Part(60, [module("profiling.loader_benchmark", *given)])
     if photographs is not None:
         given = ["--data.path", photographs, "--train.batch-size", 256, "--train.max-steps", 60]

@@ -132,7 +132,7 @@ def compute(
     precision: torch.dtype,
 ) -> Meter:
     """Add to `parts` what they lack. Whatever ends it, what was computed is kept. Returns how long that took."""
-    meter = Meter()
+    meter = Meter(device)
     order = EvaluationOrder(len(source), batch_size)
     assert order.steps is not None
     if parts.steps == order.steps:

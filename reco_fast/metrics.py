@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -35,6 +37,9 @@ CHARTS = {
 }
 
 
+AHEAD = 2  # steps
+
+
 class Meter:
     """Images a second, step times and the share of the time spent waiting for data, between two readings.
 
@@ -42,9 +47,11 @@ class Meter:
     step to the end of the next; a GPU works behind it, so single steps are exact on a CPU only.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.images = 0
         self.seconds = 0.0
+        self._on_gpu = device.type == "cuda"
+        self._under_way: deque[torch.cuda.Event] = deque()  # the ends of steps that the GPU may still be at
         self.restart()
 
     def restart(self) -> None:
@@ -56,6 +63,10 @@ class Meter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
+        """For data. First for the GPU, if it is more than `AHEAD` steps behind: a host without that bound would always
+        be waiting for data, however early they come."""
+        while len(self._under_way) > AHEAD:
+            self._under_way.popleft().synchronize()
         start = time.perf_counter()
         yield
         self._waited += time.perf_counter() - start
@@ -63,6 +74,10 @@ class Meter:
     def add(self, images: int) -> None:
         self._new_images += images
         self._step_ends.append(time.perf_counter())
+        if self._on_gpu:
+            event = torch.cuda.Event(blocking=True)
+            event.record()
+            self._under_way.append(event)
 
     def step_times(self) -> dict[str, float]:
         """Median and 95th percentile of the steps since the last reading, in milliseconds. At least one is needed."""

@@ -183,7 +183,7 @@ def loop(
     config = run.config
     if state.step == 0:
         progress.knn_top1_initial = progress.knn_top1 = evaluate(run, state, progress, log)
-    meter = Meter()
+    meter = Meter(state.device)
     saved_at = time.monotonic()
     agreement = distributed.Agreement()
     sums = torch.tensor(progress.sums, device=state.device)

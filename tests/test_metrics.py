@@ -5,10 +5,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from small_runs import metrics
 
 from reco_fast.diagnostics import Finding, Spread
-from reco_fast.metrics import Meter, RunLog
+from reco_fast.metrics import AHEAD, Meter, RunLog
 
 
 def test_log_drops_what_came_after_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,7 +66,7 @@ def test_scalars_are_on_the_disk_within_seconds(tmp_path: Path, monkeypatch: pyt
 
 
 def test_meter_counts_waiting_and_forgets_what_is_not_training() -> None:
-    meter = Meter()
+    meter = Meter(torch.device("cpu"))
     time.sleep(0.2)
     meter.restart()
     with meter.waiting():
@@ -77,3 +78,29 @@ def test_meter_counts_waiting_and_forgets_what_is_not_training() -> None:
     assert 0.06 <= meter.seconds < 0.2
     assert rate == pytest.approx(12 / meter.seconds)
     assert 0.2 < waited < 0.9
+
+
+def test_the_host_is_no_further_ahead_of_a_gpu_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would wait for data all the time. A stand-in for the GPU: each step ends when somebody waits for it."""
+    done: list[int] = []
+
+    class Event:
+        made = 0
+
+        def __init__(self, blocking: bool) -> None:
+            self.step, Event.made = Event.made, Event.made + 1
+
+        def record(self) -> None:
+            assert self.step - len(done) <= AHEAD
+
+        def synchronize(self) -> None:
+            time.sleep(0.02)
+            done.append(self.step)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    meter = Meter(torch.device("cuda"))
+    for step in range(6):
+        with meter.waiting():
+            assert done == list(range(max(0, step - AHEAD)))
+        meter.add(1)
+    assert meter.read()[1] < 0.1  # waiting for the GPU is no waiting for data
