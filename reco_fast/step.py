@@ -142,6 +142,7 @@ def _compute(state: TrainState, config: Config, views: tuple[Tensor, ...], draws
     with region("optimizer"):
         skipped = _apply_gradients(state)
         state.norm_buffers.restore(norms_before, where=skipped)
+        state.norm_buffers.count(skipped, **_batches(config, parts, len(views[0]) // parts))
     with region("moving_average"):
         state.update_teacher(config.model.teacher_momentum, skipped)
     with region("enqueue"):
@@ -149,6 +150,15 @@ def _compute(state: TrainState, config: Config, views: tuple[Tensor, ...], draws
         rows = (distributed.all_gather(_clean_rows(part).to(dtype)) for part in zip(*keys, strict=True))
         state.bank.enqueue(*rows, skipped=skipped)
     return torch.cat([torch.where(skipped > 0, 0.0, torch.stack(metrics).mean(dim=0)), skipped[None]])
+
+
+def _batches(config: Config, parts: int, rows: int) -> dict[str, int]:
+    """How many batches each batch norm of the student and the teacher meets in `parts` of `rows` images."""
+    groups = -(-rows // -(-rows // config.model.norm_groups)) if config.model.key_norm == "split" else 1
+    return {
+        "student": parts * (1 + config.loss.uses_local),
+        "teacher": parts * (1 + config.loss.uses_global) * groups,
+    }
 
 
 def _apply_gradients(state: TrainState) -> Tensor:
@@ -180,10 +190,7 @@ def _forward(
     loss, model = config.loss, config.model
     with region("teacher_forward"), torch.no_grad(), state.autocast():
         teacher_views = views[1:] if loss.uses_global else views[1:2]
-        keys = tuple(
-            teacher_forward(state.run_teacher, view, model.key_norm, model.norm_groups, draws.shuffle)
-            for view in teacher_views
-        )
+        keys = tuple(teacher_forward(state.run_teacher, view, model.key_norm, draws.shuffle) for view in teacher_views)
     with region("student_forward"), state.autocast():
         mixed = (mix_pixels(views[0], views[1], draws),) if loss.uses_local else ()
         query, *query_mix = state.run_student(views[0], *mixed)
