@@ -13,7 +13,7 @@ from reco_fast.config import Config, DataConfig, ModelConfig, TrainConfig
 from reco_fast.model import InGroups, RunningTeacher, build_encoder, follow_mode, running_teacher, teacher_forward
 from reco_fast.norms import NormBuffers, batch_norms, can_group, use_groups
 from reco_fast.state import TrainState, build_state
-from reco_fast.step import draw, scheduled, train_step
+from reco_fast.step import _apply_gradients, draw, scheduled, train_step
 
 CPU = torch.device("cpu")
 
@@ -258,3 +258,20 @@ def test_keeping_and_restoring_averages_takes_a_few_operators_whatever_the_layer
         buffers.restore(before, torch.tensor(1.0))
     assert all(torch.equal(norm.running_mean, torch.zeros(4)) for norm in student)
     assert len([name for name in recorder.seen if name not in ("isnan", "all", "ne", "_local_scalar_dense")]) <= 12
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf, 1e38])
+def test_whether_gradients_are_finite_is_one_operator_over_all_of_them(value: float) -> None:
+    config = small(arch="resnet18", key_norm="batch")
+    state = build_state(config, CPU)
+    for parameter in state.student.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    state.student.projector[2].bias.grad[3] = value
+    before = state.student.projector[2].bias.detach().clone()
+    recorder = Recorder()
+    with recorder:
+        skipped = _apply_gradients(state)
+    assert float(skipped) == (value != 1e38)
+    assert torch.equal(state.student.projector[2].bias, before) == (value != 1e38)
+    assert recorder.seen.count("_amp_foreach_non_finite_check_and_unscale_") == 1
+    assert len([name for name in recorder.seen if "::" not in name]) <= 8  # without the profiler's

@@ -21,6 +21,8 @@ from reco_fast.step import (
     METRICS,
     Draws,
     Schedule,
+    _clean_rows,
+    _feature_health,
     draw,
     mix_pixels,
     mix_weights,
@@ -93,6 +95,23 @@ def test_keys_of_the_step_reach_both_banks_after_the_loss() -> None:
     assert state.step == 1
     assert all(parameter.grad is None for parameter in state.student.parameters())
     assert all(parameter.grad is None for parameter in state.teacher.parameters())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e30])
+def test_a_key_that_overflowed_becomes_zeros_and_the_others_stay(value: float) -> None:
+    keys = torch.randn(4, 2, 8)
+    expected = keys / keys.norm(dim=-1, keepdim=True)
+    keys[1, 0, 5], expected[1, 0] = value, 0
+    torch.testing.assert_close(_clean_rows(keys), expected)
+
+
+def test_feature_health_is_what_its_names_say() -> None:
+    query, key = torch.randn(12, 8) + 1, torch.randn(12, 8) + 0.5
+    q, k = (rows / rows.norm(dim=1, keepdim=True) for rows in (query, key))
+    similar = q @ k.T
+    others = similar[~torch.eye(12, dtype=torch.bool)]
+    expected = (similar.diag().mean(), others.mean(), q.mean(dim=0).norm(), q.std(dim=0, correction=0).mean() * 8**0.5)
+    torch.testing.assert_close(_feature_health(query, key), expected)
 
 
 @pytest.mark.parametrize("objective", ["moco", "reco"])
