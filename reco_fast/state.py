@@ -135,6 +135,7 @@ def pick_device(name: str, flag: str = "--train.device") -> torch.device:
         raise ConfigError(f"{flag}: expected cpu or auto on this machine (PyTorch finds no CUDA device), got cuda")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
+    torch.backends.cudnn.benchmark = True  # a run's convolutions have the same few shapes at every step
     return device
 
 

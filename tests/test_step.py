@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 from dispatch import WAITS, Recorder
 from launchers import torchrun
+from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 
 from reco_fast import train
 from reco_fast.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig
-from reco_fast.state import build_state
+from reco_fast.state import build_state, pick_device
 from reco_fast.step import (
     METRICS,
     Draws,
@@ -246,6 +247,42 @@ def test_nothing_waits_for_the_device_between_log_lines(
     assert "index_copy_" in waits.recorder.seen
     assert "_local_scalar_dense" in waits.recorder.seen  # the log lines themselves
     assert waits.found == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("key_norm", ["batch", "split"])
+def test_a_compiled_step_waits_for_nothing(key_norm: Any) -> None:
+    """Without a recorder, under which torch.compile would leave its code and run the encoders eagerly."""
+    config = dataclasses.replace(
+        CONFIG,
+        model=dataclasses.replace(CONFIG.model, key_norm=key_norm, norm_groups=2),
+        train=dataclasses.replace(CONFIG.train, precision="bf16", compile=True),
+    )
+    device = torch.device("cuda", 0)
+    torch.compiler.reset()
+    counters.clear()
+    state = build_state(config, device)
+    given = tuple(view.to(device).contiguous(memory_format=torch.channels_last) for view in views(0))
+    try:
+        for step in range(8):
+            if step == 4:  # what compiles, tunes and allocates has done so
+                torch.cuda.synchronize()
+                torch.cuda.set_sync_debug_mode("error")
+            metrics = train_step(state, config, given, draw(step, 16, config, device), scheduled(step, 10, config))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert metrics.isfinite().all()
+    assert counters["stats"]["unique_graphs"] >= 2  # student and teacher
+
+
+def test_cudnn_looks_for_the_fastest_convolution_where_a_cuda_device_is_picked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    pick_device("cpu")
+    assert not torch.backends.cudnn.benchmark
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+    assert pick_device("auto").type == "cuda"
+    assert torch.backends.cudnn.benchmark
 
 
 class Layouts:
