@@ -128,6 +128,7 @@ def load(path: Path, state: TrainState) -> dict[str, Any]:
     with torch.no_grad():
         for name, value in _tensors(state).items():
             value.copy_(tensors[name])
+    state.update_teacher.refresh()
     if state.scaler.is_enabled():
         state.scaler.load_state_dict(header["scaler"])
     state.step = header["step"]

@@ -1,8 +1,9 @@
 """Encoders: any torchvision or timm backbone by name, the projector, and how the teacher follows the student."""
 
+import copy
 import difflib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from reco_fast import distributed
 from reco_fast.config import ConfigError, ModelConfig
+from reco_fast.norms import batch_norms, can_group, use_groups
 
 SMALL_IMAGE = 64  # up to this side in pixels, a stem that divides the resolution by 4 leaves too little
 
@@ -103,20 +105,92 @@ def follow_mode(teacher: nn.Module, key_norm: str) -> nn.Module:
     """Put the teacher in eval mode, but for its batch norms, which use batch statistics unless `key_norm="ema"`."""
     teacher.eval()
     if key_norm != "ema":
-        for module in teacher.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.train()
+        for norm in batch_norms(teacher):
+            norm.train()
     return teacher
+
+
+def shared_copy(module: nn.Module, replaced: dict[nn.Parameter, nn.Parameter] | None = None) -> nn.Module:
+    """A second module of the same tensors, but for `replaced`, whose batch norms do not count their batches:
+    `NormBuffers.count` does once a step what would be a kernel a layer and pass."""
+    same: dict[int, Any] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    same |= {id(tensor): other for tensor, other in (replaced or {}).items()}
+    copied = copy.deepcopy(module, same)
+    for norm in batch_norms(copied):
+        norm.num_batches_tracked = None
+    return copied
+
+
+class InGroups(nn.Module):
+    """`encoder` on each of `groups` parts of a batch: for batch norms of a kind that cannot do it in one pass."""
+
+    def __init__(self, encoder: nn.Module, groups: int) -> None:
+        super().__init__()
+        self.encoder, self.groups = encoder, groups
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.cat([self.encoder(part) for part in images.chunk(self.groups)])
+
+
+class RunningTeacher(NamedTuple):
+    """The teacher as a step calls it: the same tensors, but for weights in the run's precision."""
+
+    module: nn.Module
+    weights: list[Tensor]
+    """Of the teacher, float32."""
+    copies: list[Tensor]
+    """Of `weights`, in the run's precision."""
+
+
+def running_teacher(teacher: nn.Module, config: ModelConfig, precision: torch.dtype, image_size: int) -> RunningTeacher:
+    """For a `teacher` that `follow_mode` has seen. Autocast would cast its weights in every call."""
+    device = next(teacher.parameters()).device
+    images = torch.zeros(2, 3, image_size, image_size, device=device).to(memory_format=torch.channels_last)
+    layers = (m for m in teacher.modules() if type(m) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    weights = [] if precision == torch.float32 else list({p: None for m in layers for p in m.parameters()})
+    copies = {p: nn.Parameter(p.detach().to(precision), requires_grad=False) for p in weights}
+    module = shared_copy(teacher, copies)
+    with torch.no_grad(), torch.autocast(device.type, precision, enabled=precision != torch.float32):
+        try:
+            whole = _norms_see_the_batch(module, images)
+        except RuntimeError:  # a network that leaves autocast somewhere wants its own weights there
+            copies, module = {}, shared_copy(teacher)
+            whole = _norms_see_the_batch(module, images)
+    if config.key_norm == "split":
+        if whole and can_group(module):
+            use_groups(module, config.norm_groups)
+        else:
+            module = InGroups(module, config.norm_groups)
+    return RunningTeacher(module, list(copies), list(copies.values()))
+
+
+def _norms_see_the_batch(module: nn.Module, images: Tensor) -> bool:
+    """Whether each batch norm's input has a row an image, which groups of rows then divide as groups of images."""
+    seen: list[int] = []
+    modes = {m: m.training for m in module.modules()}
+    hooks = [n.register_forward_pre_hook(lambda _, given: seen.append(len(given[0]))) for n in batch_norms(module)]
+    try:
+        module.eval()(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for m, mode in modes.items():
+            m.training = mode
+    return set(seen) <= {len(images)}
 
 
 class TeacherUpdate:
     """`teacher ← m·teacher + (1−m)·student` for all parameters in a few multi-tensor kernels (MoCo, eq. 2).
 
     `skipped` (0-d float32 on the device): where it is 1, the teacher stays as it is. With `key_norm="ema"` the batch
-    norms' moving averages follow in the same way (Cai et al., arXiv 2101.07525).
+    norms' moving averages follow in the same way (Cai et al., arXiv 2101.07525). Weights of which `running` has copies
+    are copied there.
     """
 
-    def __init__(self, teacher: nn.Module, student: nn.Module, key_norm: str) -> None:
+    def __init__(
+        self, teacher: nn.Module, student: nn.Module, key_norm: str, running: RunningTeacher | None = None
+    ) -> None:
+        self._weights, self._copies = (running.weights, running.copies) if running else ([], [])
         self.teacher: list[Tensor] = list(teacher.parameters())
         self.student: list[Tensor] = list(student.parameters())
         if key_norm == "ema":
@@ -139,40 +213,26 @@ class TeacherUpdate:
             is_first_step=False,
             found_inf=skipped,
         )
-
-
-class NormBuffers:
-    """The running averages of all batch norms in `modules`, which a forward pass changes before it is known whether
-    its gradient is finite. A few kernels whatever the number of layers, and nothing waits for the device."""
-
-    def __init__(self, *modules: nn.Module) -> None:
-        norms = [m for module in modules for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        buffers = [buffer for norm in norms for buffer in norm.buffers()]
-        self._by_dtype = [[b for b in buffers if b.dtype == dtype] for dtype in {b.dtype for b in buffers}]
-
-    def copy(self) -> list[Tensor]:
-        """The values, one flat tensor a dtype."""
-        return [torch.cat([buffer.reshape(-1) for buffer in group]) for group in self._by_dtype]
+        self.refresh()
 
     @torch.no_grad()
-    def restore(self, values: list[Tensor], where: Tensor) -> None:
-        """Back to `values` where the 0-d tensor `where` is not 0."""
-        for group, before, now in zip(self._by_dtype, values, self.copy(), strict=True):
-            kept = torch.where(where != 0, before, now).split([buffer.numel() for buffer in group])
-            torch._foreach_copy_(group, [part.view_as(buffer) for part, buffer in zip(kept, group, strict=True)])
+    def refresh(self) -> None:
+        """What else changes the teacher's weights calls this: the copies that run follow them."""
+        if self._copies:
+            torch._foreach_copy_(self._copies, self._weights)
 
 
 def teacher_forward(
-    teacher: Callable[[Tensor], Tensor], images: Tensor, key_norm: str, groups: int, shuffle: Tensor | None
+    teacher: Callable[[Tensor], Tensor], images: Tensor, key_norm: str, shuffle: Tensor | None
 ) -> Tensor:
-    """Embeddings [n, D] of a rank's images [n, 3, H, W], normalised as `--model.key-norm` says.
+    """Embeddings [n, D] of a rank's images [n, 3, H, W] by a running teacher, normalised as `--model.key-norm` says.
 
     `shuffle`: for "split" a permutation of the rank's batch, for "shuffle" one of the global batch (the same on all
     ranks). Either keeps a key from sharing batch statistics with its own query, which the student could read off.
     """
     if key_norm == "split":
         assert shuffle is not None
-        keys = torch.cat([teacher(group) for group in images[shuffle].chunk(groups)])
+        keys = teacher(images[shuffle])
         return torch.empty_like(keys).index_copy_(0, shuffle, keys)
     if key_norm == "shuffle":
         assert shuffle is not None

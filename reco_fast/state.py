@@ -15,7 +15,8 @@ from reco_fast.config import Config, ConfigError
 from reco_fast.cuda_graph import CudaBackend, Graphed
 from reco_fast.kernels.winograd import use_winograd
 from reco_fast.memory_bank import MemoryBank
-from reco_fast.model import Encoder, NormBuffers, Passes, TeacherUpdate, build_encoder, follow_mode
+from reco_fast.model import Encoder, Passes, TeacherUpdate, build_encoder, follow_mode, running_teacher, shared_copy
+from reco_fast.norms import NormBuffers, batch_norms
 from reco_fast.optim import build_optimizer
 
 
@@ -23,8 +24,9 @@ from reco_fast.optim import build_optimizer
 class TrainState:
     """`student`, `teacher`, `bank`, `optimizer`, `scaler` and `step` are what a checkpoint holds.
 
-    `run_student` (views to a tuple of embeddings) and `run_teacher` are the same encoders, compiled and under
-    DistributedDataParallel where the run asks for it.
+    `run_student` (views to a tuple of embeddings) and `run_teacher` are what a step calls: modules of the same tensors,
+    but for the teacher's weights in the run's precision, compiled and under DistributedDataParallel where the run asks
+    for it.
     """
 
     student: Encoder
@@ -60,8 +62,7 @@ def build_state(config: Config, device: torch.device) -> TrainState:
     check_device(config, device)
     torch.manual_seed(config.train.seed)
     student = build_encoder(config.model, config.data.image_size)
-    has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in student.modules())
-    if config.model.key_norm != "batch" and not has_batch_norm:
+    if config.model.key_norm != "batch" and not batch_norms(student):
         raise ConfigError(
             f"--model.key-norm: expected batch for {config.model.arch}, which has no batch norm, "
             f"got {config.model.key_norm}"
@@ -80,12 +81,13 @@ def build_state(config: Config, device: torch.device) -> TrainState:
         seed=config.train.seed,
     ).to(device)
 
-    run_student: nn.Module = student
-    run_teacher: nn.Module = teacher
+    run_student = shared_copy(student)
+    running = running_teacher(teacher, config.model, precision, config.data.image_size)
+    run_teacher = running.module
     if config.train.compile if config.train.compile is not None else device.type == "cuda":
         # Wrappers: `student` and `teacher` stay what checkpoints and evaluation see.
-        run_student = torch.compile(student)  # type: ignore[assignment]
-        run_teacher = torch.compile(teacher)  # type: ignore[assignment]
+        run_student = torch.compile(run_student)  # type: ignore[assignment]
+        run_teacher = torch.compile(run_teacher)  # type: ignore[assignment]
     run_student = Passes(run_student)
     if distributed.world_size() > 1:
         # Batch-norm averages stay local (rank 0's are saved); banks and teacher are not inside and never broadcast.
@@ -100,7 +102,7 @@ def build_state(config: Config, device: torch.device) -> TrainState:
         scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
         run_student=run_student,
         run_teacher=run_teacher,
-        update_teacher=TeacherUpdate(teacher, student, config.model.key_norm),
+        update_teacher=TeacherUpdate(teacher, student, config.model.key_norm, running),
         norm_buffers=NormBuffers(student, teacher),
         device=device,
         precision=precision,
@@ -133,6 +135,7 @@ def pick_device(name: str, flag: str = "--train.device") -> torch.device:
         raise ConfigError(f"{flag}: expected cpu or auto on this machine (PyTorch finds no CUDA device), got cuda")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
+    torch.backends.cudnn.benchmark = True  # a run's convolutions have the same few shapes at every step
     return device
 
 

@@ -142,13 +142,24 @@ def _compute(state: TrainState, config: Config, views: tuple[Tensor, ...], draws
     with region("optimizer"):
         skipped = _apply_gradients(state)
         state.norm_buffers.restore(norms_before, where=skipped)
+        state.norm_buffers.count(skipped, **_batches(config, parts, len(views[0]) // parts))
     with region("moving_average"):
         state.update_teacher(config.model.teacher_momentum, skipped)
     with region("enqueue"):
-        dtype = state.bank.keys.dtype  # half the bytes of a gather, where it is half of float32
-        rows = (distributed.all_gather(_clean_rows(part).to(dtype)) for part in zip(*keys, strict=True))
-        state.bank.enqueue(*rows, skipped=skipped)
-    return torch.cat([torch.where(skipped > 0, 0.0, torch.stack(metrics).mean(dim=0)), skipped[None]])
+        rows = torch.cat(keys) if parts > 1 else keys[0]
+        rows = distributed.all_gather(_clean_rows(rows).to(state.bank.keys.dtype))  # 2 bytes a number, where it has 2
+        state.bank.enqueue(*rows.unbind(dim=1), skipped=skipped)
+    mean = torch.stack(metrics).mean(dim=0) if parts > 1 else metrics[0]
+    return torch.cat([torch.where(skipped > 0, 0.0, mean), skipped[None]])
+
+
+def _batches(config: Config, parts: int, rows: int) -> dict[str, int]:
+    """How many batches each batch norm of the student and the teacher meets in `parts` of `rows` images."""
+    groups = -(-rows // -(-rows // config.model.norm_groups)) if config.model.key_norm == "split" else 1
+    return {
+        "student": parts * (1 + config.loss.uses_local),
+        "teacher": parts * (1 + config.loss.uses_global) * groups,
+    }
 
 
 def _apply_gradients(state: TrainState) -> Tensor:
@@ -157,8 +168,9 @@ def _apply_gradients(state: TrainState) -> Tensor:
     Gradients are averages over ranks by now, so all ranks decide alike.
     """
     gradients = [p.grad for p in state.student.parameters() if p.grad is not None]
-    # The largest magnitudes: finite exactly where the scaler, too, finds all finite.
-    skipped = 1 - torch.stack(torch._foreach_norm(gradients, float("inf"))).isfinite().all().float()
+    skipped = gradients[0].new_zeros(())
+    # The scaler's own check, with nothing to unscale: all gradients in one multi-tensor operator.
+    torch._amp_foreach_non_finite_check_and_unscale_(gradients, skipped, torch.ones_like(skipped))
     if not state.scaler.is_enabled():  # the scaler does the same by itself
         state.optimizer.found_inf = skipped  # type: ignore[attr-defined]
     state.scaler.step(state.optimizer)
@@ -167,23 +179,21 @@ def _apply_gradients(state: TrainState) -> Tensor:
     return skipped
 
 
-def _clean_rows(parts: tuple[Tensor, ...]) -> Tensor:
-    """Unit rows for the banks; a key that overflowed becomes zeros and so repels nothing."""
-    rows = unit(torch.cat(parts))
-    return torch.where(rows.isfinite().all(dim=1, keepdim=True), rows, 0.0)
+def _clean_rows(keys: Tensor) -> Tensor:
+    """Unit rows [..., D] for the banks; a key that overflowed becomes zeros and so repels nothing."""
+    rows = unit(keys)
+    # One sum tells: `unit` makes a number that is not finite NaN, and no sum of D others is.
+    return torch.where(rows.sum(dim=-1, keepdim=True).isnan(), 0.0, rows)
 
 
 def _forward(
     state: TrainState, config: Config, views: tuple[Tensor, ...], draws: Draws
-) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-    """Loss with its graph, the teacher's new keys (and weak keys), and the measurements, of one part."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss with its graph, the teacher's new keys (and weak keys) [n, 1 or 2, D], and the measurements, of one part."""
     loss, model = config.loss, config.model
     with region("teacher_forward"), torch.no_grad(), state.autocast():
         teacher_views = views[1:] if loss.uses_global else views[1:2]
-        keys = tuple(
-            teacher_forward(state.run_teacher, view, model.key_norm, model.norm_groups, draws.shuffle)
-            for view in teacher_views
-        )
+        keys = tuple(teacher_forward(state.run_teacher, view, model.key_norm, draws.shuffle) for view in teacher_views)
     with region("student_forward"), state.autocast():
         mixed = (mix_pixels(views[0], views[1], draws),) if loss.uses_local else ()
         query, *query_mix = state.run_student(views[0], *mixed)
@@ -206,19 +216,19 @@ def _forward(
             impl=loss.impl,
         )
     health = _feature_health(query.detach(), keys[0])
-    return out.total, keys, torch.stack([out.total.detach(), *out[1:], *health])
+    return out.total, torch.stack(keys, dim=1), torch.stack([out.total.detach(), *out[1:], *health])
 
 
 def _feature_health(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean similarity of positives, and of queries with the other images' keys, the newest negatives; norm of the mean
     unit embedding (1: all alike, or drifting as one); and the standard deviation of its coordinates times √D (1:
     uniform on the sphere; 0: collapsed). All by means over rows: no N×N matrix, and no pass over the bank."""
-    q, k = unit(query), unit(key)
-    mean, rows = q.mean(dim=0), len(q)
-    positive = (q * k).sum(dim=1).mean()
-    all_pairs = mean @ k.mean(dim=0)
-    negative = (rows * all_pairs - positive) / max(1, rows - 1)
-    return positive, negative, mean.norm(), q.std(dim=0, correction=0).mean() * q.shape[1] ** 0.5
+    both, (rows, width) = unit(torch.stack([query, key])), query.shape
+    var, mean = torch.var_mean(both, dim=1, correction=0)  # [2, D]
+    positive = both.prod(dim=0).sum() / rows
+    all_pairs = mean[0] @ mean[1]
+    negative = torch.sub(rows / max(1, rows - 1) * all_pairs, positive, alpha=1 / max(1, rows - 1))
+    return positive, negative, mean[0].norm(), var[0].sqrt().mean() * width**0.5
 
 
 def _to_device(array: np.ndarray, device: torch.device) -> Tensor:

@@ -1,8 +1,10 @@
 """A checkpoint gives back what was saved, and refuses what is not one."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,26 +29,32 @@ def save(state: TrainState, directory: Path, progress: dict[str, object]) -> Pat
     return newest
 
 
-def trained(steps: int, seed: int = 0) -> TrainState:
-    state = build_state(CONFIG, torch.device("cpu"))
-    go_on(state, steps, seed)
+def trained(steps: int, seed: int = 0, config: Config = CONFIG) -> TrainState:
+    state = build_state(config, torch.device("cpu"))
+    go_on(state, steps, seed, config)
     return state
 
 
-def go_on(state: TrainState, steps: int, seed: int = 0) -> None:
+def go_on(state: TrainState, steps: int, seed: int = 0, config: Config = CONFIG) -> None:
     for _ in range(steps):
         torch.manual_seed(100 * seed + state.step)
         views = tuple(torch.randn(8, 3, 32, 32).contiguous(memory_format=torch.channels_last) for _ in range(3))
-        train_step(state, CONFIG, views, draw(state.step, 8, CONFIG, state.device), scheduled(state.step, 10, CONFIG))
+        train_step(state, config, views, draw(state.step, 8, config, state.device), scheduled(state.step, 10, config))
 
 
-def test_training_goes_on_from_a_checkpoint_bit_for_bit(tmp_path: Path) -> None:
-    straight = trained(5)
-    save(trained(3), tmp_path, {"note": [0.1, None]})
-    resumed = build_state(CONFIG, torch.device("cpu"))
+@pytest.mark.parametrize(("precision", "key_norm"), [("fp32", "batch"), ("bf16", "batch"), ("bf16", "split")])
+def test_training_goes_on_from_a_checkpoint_bit_for_bit(tmp_path: Path, precision: Any, key_norm: Any) -> None:
+    config = dataclasses.replace(
+        CONFIG,
+        model=dataclasses.replace(CONFIG.model, key_norm=key_norm, norm_groups=2, teacher_momentum=0.5),
+        train=dataclasses.replace(CONFIG.train, precision=precision),
+    )
+    straight = trained(5, config=config)
+    save(trained(3, config=config), tmp_path, {"note": [0.1, None]})
+    resumed = build_state(config, torch.device("cpu"))
     assert checkpoint.load(checkpoint.latest(tmp_path), resumed) == {"note": [0.1, None]}
     assert resumed.step == 3
-    go_on(resumed, 2)
+    go_on(resumed, 2, config=config)
     for a, b in (
         (straight.student, resumed.student),
         (straight.teacher, resumed.teacher),

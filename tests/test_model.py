@@ -77,16 +77,6 @@ def test_teacher_mode_touches_batch_norm_alone() -> None:
     assert not teacher[1].training
 
 
-def test_split_normalises_each_shuffled_group_by_itself_and_keeps_the_order() -> None:
-    _, teacher = small_pair()
-    follow_mode(teacher, "split")
-    images, shuffle = torch.randn(12, 3, 8, 8), torch.randperm(12)
-    keys = teacher_forward(teacher, images, "split", 3, shuffle)
-    for group in shuffle.chunk(3):
-        torch.testing.assert_close(keys[group], teacher(images[group]))
-    assert not torch.allclose(keys, teacher(images), atol=1e-3)
-
-
 def test_images_shuffled_between_ranks_are_sent_and_stay_channels_last(monkeypatch: pytest.MonkeyPatch) -> None:
     def of_two_equal_ranks(rows: torch.Tensor) -> torch.Tensor:
         assert rows.is_contiguous()
@@ -99,4 +89,4 @@ def test_images_shuffled_between_ranks_are_sent_and_stay_channels_last(monkeypat
     monkeypatch.setattr("reco_fast.distributed.world_size", lambda: 2)
     monkeypatch.setattr("reco_fast.distributed.all_gather", of_two_equal_ranks)
     images = torch.randn(4, 3, 8, 8).contiguous(memory_format=torch.channels_last)
-    assert teacher_forward(teacher, images, "shuffle", 0, torch.randperm(8)).shape == (4, 3)
+    assert teacher_forward(teacher, images, "shuffle", torch.randperm(8)).shape == (4, 3)

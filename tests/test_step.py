@@ -12,12 +12,24 @@ import torch
 import torch.distributed as dist
 from dispatch import WAITS, Recorder
 from launchers import torchrun
+from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 
 from reco_fast import train
 from reco_fast.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig
-from reco_fast.state import build_state
-from reco_fast.step import METRICS, Draws, Schedule, draw, mix_pixels, mix_weights, scheduled, train_step
+from reco_fast.state import build_state, pick_device
+from reco_fast.step import (
+    METRICS,
+    Draws,
+    Schedule,
+    _clean_rows,
+    _feature_health,
+    draw,
+    mix_pixels,
+    mix_weights,
+    scheduled,
+    train_step,
+)
 
 CPU = torch.device("cpu")
 CONFIG = Config(
@@ -72,15 +84,35 @@ def test_draws_follow_from_seed_and_step() -> None:
 
 def test_keys_of_the_step_reach_both_banks_after_the_loss() -> None:
     state = build_state(CONFIG, CPU)
+    keys: list[torch.Tensor] = []
+    state.run_teacher.register_forward_hook(lambda _, __, rows: keys.append(rows))
     before = state.bank.keys.clone()
     metrics = train_step(state, CONFIG, views(0), draw(0, 16, CONFIG, CPU), scheduled(0, 10, CONFIG))
     assert dict(zip(METRICS, metrics.tolist(), strict=True))["loss_global"] > 0
     assert torch.equal(state.bank.keys[16:], before[16:])
     torch.testing.assert_close(state.bank.keys[:16].norm(dim=1), torch.ones(16))
-    assert not torch.equal(state.bank.keys[:16], state.bank.weak_keys[:16])
+    for bank, rows in zip((state.bank.keys, state.bank.weak_keys), keys, strict=True):
+        torch.testing.assert_close(bank[:16], rows / rows.norm(dim=1, keepdim=True))
     assert state.step == 1
     assert all(parameter.grad is None for parameter in state.student.parameters())
     assert all(parameter.grad is None for parameter in state.teacher.parameters())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e30])
+def test_a_key_that_overflowed_becomes_zeros_and_the_others_stay(value: float) -> None:
+    keys = torch.randn(4, 2, 8)
+    expected = keys / keys.norm(dim=-1, keepdim=True)
+    keys[1, 0, 5], expected[1, 0] = value, 0
+    torch.testing.assert_close(_clean_rows(keys), expected)
+
+
+def test_feature_health_is_what_its_names_say() -> None:
+    query, key = torch.randn(12, 8) + 1, torch.randn(12, 8) + 0.5
+    q, k = (rows / rows.norm(dim=1, keepdim=True) for rows in (query, key))
+    similar = q @ k.T
+    others = similar[~torch.eye(12, dtype=torch.bool)]
+    expected = (similar.diag().mean(), others.mean(), q.mean(dim=0).norm(), q.std(dim=0, correction=0).mean() * 8**0.5)
+    torch.testing.assert_close(_feature_health(query, key), expected)
 
 
 @pytest.mark.parametrize("objective", ["moco", "reco"])
@@ -88,8 +120,7 @@ def test_moco_skips_the_passes_that_only_the_relations_need(objective: str) -> N
     config = dataclasses.replace(CONFIG, loss=LossConfig(objective=objective))
     state = build_state(config, CPU)
     calls = {"student": 0, "teacher": 0}
-    for name in calls:
-        module = getattr(state, name)
+    for name, module in (("student", state.run_student.encoder), ("teacher", state.run_teacher)):
         module.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
     given = views(0) if objective == "reco" else views(0)[:2]
     metrics = train_step(state, config, given, draw(0, 16, config, CPU), scheduled(0, 10, config))
@@ -218,6 +249,42 @@ def test_nothing_waits_for_the_device_between_log_lines(
     assert waits.found == []
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("key_norm", ["batch", "split"])
+def test_a_compiled_step_waits_for_nothing(key_norm: Any) -> None:
+    """Without a recorder, under which torch.compile would leave its code and run the encoders eagerly."""
+    config = dataclasses.replace(
+        CONFIG,
+        model=dataclasses.replace(CONFIG.model, key_norm=key_norm, norm_groups=2),
+        train=dataclasses.replace(CONFIG.train, precision="bf16", compile=True),
+    )
+    device = torch.device("cuda", 0)
+    torch.compiler.reset()
+    counters.clear()
+    state = build_state(config, device)
+    given = tuple(view.to(device).contiguous(memory_format=torch.channels_last) for view in views(0))
+    try:
+        for step in range(8):
+            if step == 4:  # what compiles, tunes and allocates has done so
+                torch.cuda.synchronize()
+                torch.cuda.set_sync_debug_mode("error")
+            metrics = train_step(state, config, given, draw(step, 16, config, device), scheduled(step, 10, config))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert metrics.isfinite().all()
+    assert counters["stats"]["unique_graphs"] >= 2  # student and teacher
+
+
+def test_cudnn_looks_for_the_fastest_convolution_where_a_cuda_device_is_picked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    pick_device("cpu")
+    assert not torch.backends.cudnn.benchmark
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+    assert pick_device("auto").type == "cuda"
+    assert torch.backends.cudnn.benchmark
+
+
 class Layouts:
     """Activations [n, C > 1, H > 1, W > 1] in another layout than channels-last, by the operator that left them so,
     and convolutions of anything else. `rows` are the sizes of a batch and its groups, no number of channels."""
@@ -270,9 +337,8 @@ def test_activations_weights_and_gradients_stay_channels_last(
     layouts = Layouts(6, 3)
     with layouts.recorder:
         train_step(state, config, given, draw(0, 6, config, CPU), Schedule(0.1, 1.0))
-    teacher_passes = 2 * (2 if key_norm == "split" else 1)
     count = sum(isinstance(module, torch.nn.Conv2d) for module in state.student.modules())
-    assert layouts.convolutions == count * (2 + 2 + teacher_passes)  # two passes forward and back
+    assert layouts.convolutions == count * (2 + 2 + 2)  # the student forward and back, the teacher forward
     assert ("reco_fast::winograd_convolution" in layouts.recorder.seen) == (precision == "fp32")
     if layout is torch.channels_last:
         assert set(layouts.broken) <= POOLED
@@ -286,7 +352,7 @@ def test_a_step_makes_no_copy_of_a_bank_and_few_passes_over_the_weights(precisio
         CONFIG, loss=LossConfig(impl="sdpa"), train=TrainConfig(batch_size=16, precision=precision)
     )
     state = build_state(config, CPU)
-    state.teacher.register_forward_hook(
+    state.run_teacher.register_forward_hook(
         lambda _, __, keys: teacher.append((torch.is_grad_enabled(), keys.requires_grad))
     )
     teacher: list[tuple[bool, bool]] = []

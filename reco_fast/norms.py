@@ -1,0 +1,155 @@
+"""Batch norms as a step uses them: of groups of the batch in one pass, and their running averages."""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from timm.layers.norm_act import BatchNormAct2d
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+MANY_VALUES = 1024  # a group and channel: from here on PyTorch's group norm is fast on a CPU
+
+
+def batch_norms(*modules: nn.Module) -> list[_BatchNorm]:
+    return [m for module in modules for m in module.modules() if isinstance(m, _BatchNorm)]
+
+
+class _Grouped(_BatchNorm):
+    """A batch norm that, in training mode, takes each group of the batch [n, C, ...] by itself, as calls with each of
+    `torch.chunk(groups)` would, running averages included. Channels-last stays so."""
+
+    groups: int
+    shares: Tensor  # [groups] float32: a group's part in the running averages, the last group's last
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.then(self._normalise(input)) if self.training else super().forward(input)
+
+    def then(self, normalised: Tensor) -> Tensor:
+        return normalised
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        rows = -(-len(x) // self.groups)
+        values = rows * x[0, 0].numel()
+        equal = len(x) % rows == 0 and values > 1
+        if equal and (x.is_cuda or torch.compiler.is_compiling()):
+            return self._plain(x, rows, values)
+        # On a CPU without a compiler, sums over the outer dimensions are slow but for those inside of these operators.
+        fits = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and self.weight is not None
+        if equal and fits and values >= MANY_VALUES:
+            return self._as_group_norm(x, rows, values)
+        running = self.running_mean, self.running_var
+        momentum = self.momentum or 0.0
+        parts = (F.batch_norm(p, *running, self.weight, self.bias, True, momentum, self.eps) for p in x.split(rows))
+        return torch.cat(list(parts))
+
+    def _plain(self, x: Tensor, rows: int, values: int) -> Tensor:
+        """A reduction and a pointwise pass, for a compiler to fuse with what is around them."""
+        groups = x.unflatten(0, (-1, rows))
+        groups = groups.to(torch.promote_types(x.dtype, torch.float32))
+        over = (1, *range(3, groups.dim()))
+        var, mean = torch.var_mean(groups, over, correction=0, keepdim=True)
+        self._follow(mean.view(len(groups), -1), var.view(len(groups), -1), values)
+        out = (groups - mean) * torch.rsqrt(var + self.eps)
+        channels = (-1, *[1] * (x.dim() - 2))
+        if self.weight is not None:
+            out = out * self.weight.view(channels)
+        if self.bias is not None:
+            out = out + self.bias.view(channels)
+        return out.to(x.dtype).flatten(0, 1)
+
+    def _as_group_norm(self, x: Tensor, rows: int, values: int) -> Tensor:
+        """A group of images is one tall image in memory, and a group norm with one channel a group norms that."""
+        groups, (channels, height) = len(x) // rows, x.shape[1:3]
+        tall = x.unflatten(0, (groups, rows)).transpose(1, 2).flatten(2, 3)  # [groups, C, rows·H, W]
+        out, mean, rstd = torch.native_group_norm(
+            tall, self.weight, self.bias, groups, channels, values, channels, self.eps
+        )
+        self._follow(mean.view(groups, -1), rstd.view(groups, -1).pow(-2).sub_(self.eps), values)
+        return out.unflatten(2, (rows, height)).transpose(1, 2).flatten(0, 1)
+
+    def _follow(self, mean: Tensor, var: Tensor, values: int) -> None:
+        """The running averages after one group [C] of `mean`, `var` [groups, C] after the other."""
+        if self.running_mean is None or self.running_var is None or self.momentum is None:
+            return
+        kept, shares = (1 - self.momentum) ** len(mean), self.shares[-len(mean) :]
+        self.running_mean.addmv_(mean.T, shares, beta=kept)
+        self.running_var.addmv_(var.T, shares, beta=kept, alpha=values / (values - 1))
+
+
+class _Grouped1d(_Grouped, nn.BatchNorm1d):
+    pass
+
+
+class _Grouped2d(_Grouped, nn.BatchNorm2d):
+    pass
+
+
+class _Grouped3d(_Grouped, nn.BatchNorm3d):
+    pass
+
+
+class _GroupedAct2d(_Grouped, BatchNormAct2d):
+    def then(self, normalised: Tensor) -> Tensor:
+        return self.act(self.drop(normalised))
+
+
+_GROUPED: dict[type, type[_Grouped]] = {
+    nn.BatchNorm1d: _Grouped1d,
+    nn.BatchNorm2d: _Grouped2d,
+    nn.BatchNorm3d: _Grouped3d,
+    BatchNormAct2d: _GroupedAct2d,
+}
+
+
+def can_group(model: nn.Module) -> bool:
+    """Whether `use_groups` knows every batch norm in `model`. A subclass may do anything around its norm."""
+    return all(type(norm) in _GROUPED and norm.momentum is not None for norm in batch_norms(model))
+
+
+def use_groups(model: nn.Module, groups: int) -> None:
+    """Make every batch norm in `model` one of groups; parameters and buffers stay."""
+    for norm in batch_norms(model):
+        momentum = norm.momentum or 0.0
+        device = None if norm.running_mean is None else norm.running_mean.device
+        powers = torch.arange(groups - 1, -1, -1, device=device)
+        norm.__class__ = _GROUPED[type(norm)]
+        norm.groups = groups  # type: ignore[assignment]
+        norm.register_buffer("shares", momentum * (1 - momentum) ** powers, persistent=False)
+
+
+class NormBuffers:
+    """What forward passes change in the batch norms of student and teacher before it is known whether the gradient is
+    finite. A few kernels whatever the number of layers, and nothing waits for the device."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
+        """Of a `teacher` whose batch norms are in eval mode nothing changes."""
+        norms = {"student": batch_norms(student), "teacher": [n for n in batch_norms(teacher) if n.training]}
+        tracking = {name: [n for n in found if n.track_running_stats] for name, found in norms.items()}
+        every = itertools.chain.from_iterable(tracking.values())
+        self._averages: list[Tensor] = [a for n in every for a in (n.running_mean, n.running_var)]  # type: ignore[misc]
+        self._counts: dict[str, list[Tensor]] = {
+            name: [n.num_batches_tracked for n in found]  # type: ignore[misc]
+            for name, found in tracking.items()
+        }
+
+    def copy(self) -> Tensor | None:
+        """The running averages, one after the other; None where there are none."""
+        return torch.cat(self._averages) if self._averages else None
+
+    @torch.no_grad()
+    def restore(self, values: Tensor | None, where: Tensor) -> None:
+        """Back to `values` where the 0-d tensor `where` is not 0."""
+        now = self.copy()
+        if values is not None and now is not None:
+            kept = torch.where(where != 0, values, now).split([average.numel() for average in self._averages])
+            torch._foreach_copy_(self._averages, kept)
+
+    @torch.no_grad()
+    def count(self, skipped: Tensor, **batches: int) -> None:
+        """Add to `num_batches_tracked`, which the running modules leave alone, the passes of `student` and `teacher`,
+        but none where `skipped` is not 0."""
+        passed = (skipped == 0).long()
+        for name, number in batches.items():
+            if self._counts[name]:
+                torch._foreach_add_(self._counts[name], passed, alpha=number)
