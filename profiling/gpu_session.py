@@ -8,7 +8,7 @@ matters. A part is commands with a limit of seconds together. Its output is in `
 `DIR/session.json`; one that fails or runs out of time keeps no other from running, and one that no longer fits in the
 budget is left out and named. After each part all results are packed again as one file, `DIR.tar.gz`, so that a session
 cut short leaves what it has seen. Ends with 1 where a part failed or was left out. `--tiny` rehearses the parts with
-small models and few steps, on any machine.
+small models and few steps, on any machine. RECO_FAST_COMMIT says what was checked out, where git cannot.
 """
 
 import argparse
@@ -96,23 +96,23 @@ def parts(output: Path, images: Path | None, photographs: Path | None, tiny: boo
     accuracy += TINY["accuracy"].split() if tiny else "--rows 256 1024 --lengths 65536".split()
     found = {
         "accuracy": Part(90, [accuracy], timed=False),
-        "kernel-tests": Part(150, tests(6, "relation_loss", "reference", "losses", "launch"), timed=False),
-        "step-tests": Part(150, tests(4, "cuda_graph", "step", "model", "memory_bank"), timed=False),
+        "kernel-tests": Part(180, tests(6, "relation_loss", "reference", "losses", "launch"), timed=False),
+        "step-tests": Part(180, tests(4, "cuda_graph", "step", "model", "memory_bank"), timed=False),
     }
     loaders = ["torch", *(["dali"] if importlib.util.find_spec("nvidia.dali") else [])]
     if "dali" in loaders:
-        found["loader-tests"] = Part(150, tests(3, "gpu_views", "loaders"), timed=False)
+        found["loader-tests"] = Part(180, tests(3, "gpu_views", "loaders"), timed=False)
     for loader in loaders:
         commands = [
-            train(f"train-{loader}", preset, *short, "--data.loader", loader),
-            train(f"train-{loader}-captured", preset, *short, "--data.loader", loader, *captured),
+            train(f"train-{loader}", preset, *short, "--data.loader", loader, "--data.workers", 4),
+            train(f"train-{loader}-captured", preset, *short, "--data.loader", loader, "--data.workers", 4, *captured),
         ]
-        found[f"train-{loader}"] = Part(150, commands, timed=False)
-    found["compile"] = Part(150, [step("compile/18", *resnet18, *against, *once)], timed=False)  # into caches on disk
-    found["compile-50"] = Part(150, [step("compile/50", *resnet50, "--against", "supervised", *once)], timed=False)
+        found[f"train-{loader}"] = Part(180, commands, timed=False)
+    found["compile"] = Part(180, [step("compile/18", *resnet18, *against, *once)], timed=False)  # into caches on disk
+    found["compile-50"] = Part(180, [step("compile/50", *resnet50, "--against", "supervised", *once)], timed=False)
     if on_gpu:
         large = kernels("compile/kernels", "--only", "compiled", *kernels_of((256, 1024), 65536))
-        found["compile-kernels"] = Part(100, large, timed=False)
+        found["compile-kernels"] = Part(150, large, timed=False)
 
     rounds18, rounds50 = ("--steps", 20, "--warmup", 6), ("--rounds", 3, "--steps", 4, "--warmup", 6)
     found |= {

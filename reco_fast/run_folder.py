@@ -138,7 +138,8 @@ def environment() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "reco_fast": __version__,
-        "git_commit": _output("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"),
+        "git_commit": os.environ.get("RECO_FAST_COMMIT")  # where a copy of the checkout has no history
+        or _output("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_threads": torch.get_num_threads(),
