@@ -89,7 +89,8 @@ def parts(output: Path, images: Path | None, photographs: Path | None, tiny: boo
     bank = ("--train.batch-size", 512, "--model.bank-size", 65536)
     data = ["--data.path", images / "train", "--data.val-path", images / "test"] if images else []
     preset = "cifar10" if images else "quickstart"
-    short = [*data, "--train.max-steps", 60, "--eval.every", 1000]
+    fused = ["--loss.impl", "triton" if on_gpu else "auto"]
+    short = [*data, *fused, "--train.max-steps", 60, "--eval.every", 1000]
     captured, only = (["--train.cuda-graph"], ["--only", "triton"]) if on_gpu else ([], [])
 
     accuracy = [sys.executable, "tests/accuracy.py", "--output", str(output / "accuracy.jsonl")]
@@ -124,10 +125,10 @@ def parts(output: Path, images: Path | None, photographs: Path | None, tiny: boo
         # A process of its own: in float32 it may not fit beside another.
         "plain-resnet50": Part(60, [step("plain-resnet50", *resnet50, "--against", "naive", *rounds50)]),
     }
-    rest = ["--eval.every", 1000, "--run.log-every", 100]
+    rest = ["--loss.impl", "auto", "--eval.every", 1000, "--run.log-every", 100]
     found["run"] = Part(60, [train("run", preset, *data, *rest, "--train.max-steps", 600)])
     found["run-captured"] = Part(60, [train("run-captured", preset, *data, *rest, "--train.max-steps", 600, *captured)])
-    profiled = ["--profile.enabled", "--eval.every", 1000]
+    profiled = ["--loss.impl", "auto", "--profile.enabled", "--eval.every", 1000]
     commands = [train("profile", preset, *data, *profiled, "--train.max-steps", 200)]
     found["profile"] = Part(60, [*commands, module("profiling.report", output / "profile")])
     # So many batches before the clock starts that a small source has been read once and comes decoded.
