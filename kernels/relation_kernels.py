@@ -144,7 +144,7 @@ def attend_kernel(unit_rows, bank, bank_weak, partial_mean, partial_lse, N, K, s
     tile_ptrs = bank + start.to(tl.int64) * stride + in_tile[:, None] * stride + column[None, :]
     peak = tl.full([BLOCK_N], -float("inf") if ONLINE else 1.0, tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)  # Σp
-    weight = tl.zeros([BLOCK_N, 16], tl.float32)  # Σp̂, with p̂ the p rounded for the second product
+    weight = tl.zeros([BLOCK_N], tl.float32)  # Σp̂, with p̂ the p cut for the second product
     mean = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # Σp̂·a
     for first in range(0, length, BLOCK_K):
         if MASKED:
@@ -166,7 +166,7 @@ def attend_kernel(unit_rows, bank, bank_weak, partial_mean, partial_lse, N, K, s
         if ONLINE:
             new_peak = tl.maximum(peak, tl.max(logits, axis=1))
             shrink = tl.exp2((peak - new_peak) * scale)
-            total, weight, mean = total * shrink, weight * shrink[:, None], mean * shrink[:, None]
+            total, weight, mean = total * shrink, weight * shrink, mean * shrink[:, None]
             peak = new_peak
             p = tl.exp2((logits - peak[:, None]) * scale)
         else:
@@ -176,16 +176,12 @@ def attend_kernel(unit_rows, bank, bank_weak, partial_mean, partial_lse, N, K, s
             p_high, p_low = _tf32_parts(p, EMULATE)
             mean += _dot_tf32x3(p_high, p_low, tile_high, tile_low, BLOCK_N, BLOCK_D, EMULATE)
         else:
-            p = _low(p, DTYPE, EMULATE)
-            # A product with ones sums what was rounded, at an eighth of the next product's cost for D = 128.
-            weight = tl.dot(p, tl.full([BLOCK_K, 16], 1.0, p.dtype), weight)
-            mean = tl.dot(p, tile, mean)
+            # Cutting spreads no wider than rounding, takes one instruction, and leaves a number that can be summed.
+            p = (p.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
+            weight += tl.sum(p, axis=1)
+            mean = tl.dot(_low(p, DTYPE, EMULATE), tile, mean)
 
-    if DTYPE == tl.float32:
-        divisor = total
-    else:
-        divisor = tl.sum(weight, axis=1) / 16  # 16 equal columns
-    mean *= (1 / divisor)[:, None]
+    mean *= (1 / (total if DTYPE == tl.float32 else weight))[:, None]
     out = ((row_set * N + first_row) * splits + first_split + tl.program_id(2)).to(tl.int64)
     tl.store(partial_lse + out + row * splits, peak * scale + tl.log2(total), mask=row_valid)
     ptrs = partial_mean + out * D + row[:, None] * (splits * D) + column[None, :]

@@ -40,11 +40,11 @@ bits:
      rest of K when it is no multiple of the tile.)
   3. `combine_kernel`: joins a row's splits, then the formulas above; the last row to be done takes the means.
 
-The products run in the bank's dtype with float32 sums: rows are rounded to it (q̂), and so are the exponentials before
-the second product. Two corrections cost next to nothing:
+The products run in the bank's dtype with float32 sums: rows are rounded to it (q̂), and the exponentials are cut to it
+before the second product. Two corrections cost next to nothing:
 
     lse(q)       = lse(q̂) + ⟨q − q̂, O⟩/τ                            to second order in the rounding of the row
-    O            = Σ_j p̂_j a_j / Σ_j p̂_j                            the rounded exponentials' weights add up to 1
+    O            = Σ_j p̂_j a_j / Σ_j p̂_j                            the cut exponentials' weights add up to 1
 """
 
 import math

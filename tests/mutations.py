@@ -33,7 +33,7 @@ MUTATIONS = {
     "permutation ignored": ("tl.load(permutation + row)", "row"),
     "mix ratio of the first row for all": ("mix_ratio + row * mix_ratio_stride", "mix_ratio + row * 0"),
     "anchor swapped": ("(q if ANCHOR_IS_QUERY else k)", "(k if ANCHOR_IS_QUERY else q)"),
-    "rounded sum not used": ("mean *= (1 / divisor)", "mean *= (1.01 / divisor)"),
+    "sum of what was cut not used": ("total if DTYPE == tl.float32 else weight", "total"),
     "upstream gradient ignored": ("(grads * grad_total)", "grads"),
     "mean over the batch taken as a sum": ("(q_inverse / N)", "q_inverse"),
     "means taken before the last row": ("== N - 1", "== 0"),

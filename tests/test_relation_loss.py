@@ -120,6 +120,16 @@ def test_no_worse_than_eager_autocast(kind: str) -> None:
         assert error <= max(vars(theirs)[name], 1e-6), name
 
 
+def test_the_mean_of_equal_rows_is_that_row() -> None:
+    """Whatever was cut from the exponentials before the product: their weights add up to 1."""
+    found = errors(run(fused, equal_rows()), solve(equal_rows()))
+    assert max(found.grad_query, found.grad_query_mix) < 1e-5
+
+
+def equal_rows() -> Problem:
+    return make_problem("equal_rows", 5, 3, 64, *DTYPES["fp32 rows"], DEVICE)
+
+
 def test_rows_too_short_to_normalise_count_as_zero() -> None:
     problem, zeroed = (make_problem("random", 5, 40, 64, device=DEVICE) for _ in range(2))
     for given, factor in ((problem, 1e-21), (zeroed, 0.0)):
@@ -304,6 +314,8 @@ def mutation_problem(mutation: str = "") -> Problem:
     """Several splits and a tail, in bfloat16 since its bounds are the wide ones; the last bank row matters."""
     if mutation == LONG:
         return long_split()
+    if mutation == "sum of what was cut not used":
+        return equal_rows()
     problem = make_problem("clustered", 5, 200, 64, *DTYPES["fp32" if "TF32" in mutation else "bf16"], DEVICE)
     for bank in (problem.bank, problem.bank_weak):
         bank[-1] = torch.nn.functional.normalize(problem.query[0].float(), dim=0)
