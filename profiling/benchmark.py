@@ -130,8 +130,10 @@ def compare_steps(benchmark: Benchmark, entered: Mapping[str, Contestant], devic
 
     left_out = []
     for name in entered:
+        start = time.perf_counter()
         try:
             turn(name, benchmark.warmup)
+            print(f"{name}: ready after {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
         except torch.OutOfMemoryError:
             left_out.append(name)
     names = [name for name in entered if name not in left_out]

@@ -124,7 +124,8 @@ def test_memory_beyond_the_inputs(
 
 def test_splits_fill_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
     _, grids = host_code("sm_90", 132, 256, 65536, torch.bfloat16, monkeypatch)
-    assert 0.8 * 132 * 2 < math.prod(grids[0]) <= 132 * 2  # two programs a multiprocessor
+    programs = 132 * launch.TILES["sm_90"]["bfloat16", 128][1].programs
+    assert 0.8 * programs < math.prod(grids[0]) <= programs
 
 
 def test_auto_takes_the_fastest_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
