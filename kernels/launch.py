@@ -137,6 +137,7 @@ class Measured(NamedTuple):
 # The first row that fits decides. Rows for a GPU come from `python -m reco_fast.profiling.launch_table`; until a
 # benchmark has run on one, the choice there is PyTorch's own attention.
 MEASURED = (
+    Measured("sm_90", 1, "triton", "docs/kernels.md, GPU: NVIDIA H200, 2026-11-26"),
     Measured("cpu", 64 * 4096, "sdpa", "docs/kernels.md, CPU: 1.2 to 3.0 times faster than torch, one Xeon thread"),
     Measured("cpu", 1, "torch", "docs/kernels.md, CPU: 1.3 ms against sdpa's 1.7 ms at N 16, K 1024"),
 )

@@ -38,6 +38,7 @@ from reco_fast.data import loader_workers
 from reco_fast.json_files import write_json, write_text
 from reco_fast.profiling import contestants
 from reco_fast.profiling.contestants import Contestant
+from reco_fast.profiling.machine import Machine
 from reco_fast.run_folder import environment
 from reco_fast.state import pick_device, pick_precision
 
@@ -120,7 +121,9 @@ def take_turn(step: Callable[[], object], steps: int, device: torch.device) -> T
     return Turn(seconds, cpu_seconds, torch.cuda.max_memory_allocated() - before if device.type == "cuda" else 0)
 
 
-def compare_steps(benchmark: Benchmark, entered: Mapping[str, Contestant], device: torch.device) -> dict[str, Any]:
+def compare_steps(
+    benchmark: Benchmark, entered: Mapping[str, Contestant], device: torch.device, machine: Machine
+) -> dict[str, Any]:
     """Each on a batch in memory, again and again. `rounds`: every turn; `results`: what `_summary` says; `left_out`:
     who needs more memory than there is."""
 
@@ -137,7 +140,8 @@ def compare_steps(benchmark: Benchmark, entered: Mapping[str, Contestant], devic
         except torch.OutOfMemoryError:
             left_out.append(name)
     names = [name for name in entered if name not in left_out]
-    turns = _alternate(names, benchmark.rounds, lambda name: turn(name, benchmark.steps))
+    with machine.alone():
+        turns = _alternate(names, benchmark.rounds, lambda name: turn(name, benchmark.steps))
     results = _summary(turns, benchmark.train.batch_size)
     for name, row in results.items():
         cpu = [round_[name].cpu_seconds_per_step / round_["ours"].cpu_seconds_per_step for round_ in turns]
@@ -274,6 +278,7 @@ def main() -> int:
     benchmark = cli.parse(Benchmark, words, prog=prog, description=__doc__ or "", default=DEFAULT)
     check(benchmark)
     config, against = benchmark.config, benchmark.against
+    machine = Machine()
     device = pick_device(config.train.device)
     report: dict[str, Any] = {
         "device": device_name(device),
@@ -290,7 +295,7 @@ def main() -> int:
     }
     if makers:
         entered = {name: make(config, device) for name, make in {"ours": contestants.trainer, **makers}.items()}
-        report["steps"] = compare_steps(benchmark, entered, device)
+        report["steps"] = compare_steps(benchmark, entered, device, machine)
         if "lightly" in against and benchmark.data.path is not None:
             report["end_to_end"] = compare_end_to_end(benchmark, entered, device)
     if "lightly" in against:

@@ -3,12 +3,13 @@
     python -m reco_fast.profiling.gpu_session --output DIR --budget SECONDS [--only NAME ...]
         [--data.path IMAGES] [--photographs DIR]
 
-First what is only right or wrong, side by side; then what is timed, each alone on the machine, in the order of what
-matters. A part is commands with a limit of seconds together. Its output is in `DIR/NAME.log`, how it ended in
-`DIR/session.json`; one that fails or runs out of time keeps no other from running, and one that no longer fits in the
-budget is left out and named. After each part all results are packed again as one file, `DIR.tar.gz`, so that a session
-cut short leaves what it has seen. Ends with 1 where a part failed or was left out. `--tiny` rehearses the parts with
-small models and few steps, on any machine. RECO_FAST_COMMIT says what was checked out, where git cannot.
+What is only right or wrong runs side by side, and beside it the benchmarks get ready, which then are timed one at a
+time (`machine.py`); then each of the rest has the machine to itself, in the order of what matters. A part is commands
+with a limit of seconds together. Its output is in `DIR/NAME.log`, how it ended in `DIR/session.json`; one that fails or
+runs out of time keeps no other from running, and one that no longer fits in the budget is left out and named. After
+each part all results are packed again as one file, `DIR.tar.gz`, so that a session cut short leaves what it has seen.
+Ends with 1 where a part failed or was left out. `--tiny` rehearses the parts with small models and few steps, on any
+machine. RECO_FAST_COMMIT says what was checked out, where git cannot.
 """
 
 import argparse
@@ -26,11 +27,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import torch
 
 from reco_fast.json_files import write_json
+from reco_fast.profiling.machine import LOCK, Machine
 from reco_fast.run_folder import environment
 
 HERE = Path(__file__).resolve().parents[1]
@@ -55,8 +57,8 @@ TINY = {
 class Part(NamedTuple):
     seconds: int
     commands: list[list[str]]
-    timed: bool = True
-    """Else its figures do not depend on what runs beside it."""
+    kind: Literal["check", "benchmark", "alone"] = "alone"
+    """A check has no figures that depend on what runs beside it, a benchmark sees to that itself."""
 
 
 def parts(output: Path, images: Path | None, photographs: Path | None, tiny: bool) -> dict[str, Part]:
@@ -79,58 +81,48 @@ def parts(output: Path, images: Path | None, photographs: Path | None, tiny: boo
 
     def step(name: str, arch: str, size: int, batch: int, *arguments: object) -> list[str]:
         sizes = ["--model.arch", arch, "--data.image-size", size, "--train.batch-size", batch]
-        impl = ["--model.bank-size", 65536, "--loss.impl", "auto"]
-        return module("profiling.benchmark", "--output", output / name, *sizes, *impl, *arguments)
+        return module("profiling.benchmark", "--output", output / name, *sizes, *fused, *bank, *arguments)
 
+    bank = ["--model.bank-size", 65536]
     resnet18, resnet50 = ("resnet18", 32, 512), ("resnet50", 224, 256)
     against = ["--against", "supervised", *(["launches"] if on_gpu else [])]
-    lightly = ["lightly"] if importlib.util.find_spec("lightly") else []
-    once = ("--rounds", 1, "--steps", 1)
-    bank = ("--train.batch-size", 512, "--model.bank-size", 65536)
-    data = ["--data.path", images / "train", "--data.val-path", images / "test"] if images else []
-    preset = "cifar10" if images else "quickstart"
+    preset, val = ("cifar10", ["--data.val-path", images / "test"]) if images else ("quickstart", [])
+    data = ["--data.path", images / "train"] if images else []
     fused = ["--loss.impl", "triton" if on_gpu else "auto"]
-    short = [*data, *fused, "--train.max-steps", 60, "--eval.every", 1000]
     captured, only = (["--train.cuda-graph"], ["--only", "triton"]) if on_gpu else ([], [])
+    found: dict[str, Part] = {}
 
     accuracy = [sys.executable, "tests/accuracy.py", "--output", str(output / "accuracy.jsonl")]
     accuracy += TINY["accuracy"].split() if tiny else "--rows 256 1024 --lengths 65536".split()
-    found = {
-        "accuracy": Part(90, [accuracy], timed=False),
-        "kernel-tests": Part(180, tests(6, "relation_loss", "reference", "losses", "launch"), timed=False),
-        "step-tests": Part(180, tests(4, "cuda_graph", "step", "model", "memory_bank"), timed=False),
-    }
+    found["kernel-tests"] = Part(200, tests(5, "relation_loss", "reference", "losses", "launch"), "check")
+    found["step-tests"] = Part(200, tests(2, "cuda_graph", "step", "model", "memory_bank"), "check")
+    found["accuracy"] = Part(200, [accuracy], "check")
     loaders = ["torch", *(["dali"] if importlib.util.find_spec("nvidia.dali") else [])]
     if "dali" in loaders:
-        found["loader-tests"] = Part(180, tests(3, "gpu_views", "loaders"), timed=False)
+        found["loader-tests"] = Part(200, tests(2, "gpu_views", "loaders"), "check")
     for loader in loaders:
+        short = [*data, *val, *fused, "--train.max-steps", 60, "--eval.every", 1000, "--data.loader", loader]
         commands = [
-            train(f"train-{loader}", preset, *short, "--data.loader", loader, "--data.workers", 4),
-            train(f"train-{loader}-captured", preset, *short, "--data.loader", loader, "--data.workers", 4, *captured),
+            train(f"train-{loader}", preset, *short, "--data.workers", 4),
+            train(f"train-{loader}-captured", preset, *short, "--data.workers", 4, *captured),
         ]
-        found[f"train-{loader}"] = Part(180, commands, timed=False)
-    found["compile"] = Part(180, [step("compile/18", *resnet18, *against, *once)], timed=False)  # into caches on disk
-    found["compile-50"] = Part(180, [step("compile/50", *resnet50, "--against", "supervised", *once)], timed=False)
-    if on_gpu:
-        large = kernels("compile/kernels", "--only", "compiled", *kernels_of((256, 1024), 65536))
-        found["compile-kernels"] = Part(150, large, timed=False)
+        found[f"train-{loader}"] = Part(200, commands, "check")
 
-    rounds18, rounds50 = ("--steps", 20, "--warmup", 6), ("--rounds", 3, "--steps", 4, "--warmup", 6)
-    found |= {
-        "kernels": Part(90, kernels("kernels", *kernels_of((256, 1024), 65536))),
-        "step-resnet18": Part(90, [step("step-resnet18", *resnet18, *against, "naive", *rounds18)]),
-        "step-resnet50": Part(120, [step("step-resnet50", *resnet50, *against, *rounds50)]),
-        "tiles": Part(60, kernels("tiles", "--tiles", *only, *kernels_of((256, 1024), 65536))),
-        "kernels-million": Part(60, kernels("kernels-million", *kernels_of(256, 1048576))),
-        # A process of its own: in float32 it may not fit beside another.
-        "plain-resnet50": Part(60, [step("plain-resnet50", *resnet50, "--against", "naive", *rounds50)]),
-    }
-    rest = ["--loss.impl", "auto", "--eval.every", 1000, "--run.log-every", 100]
-    found["run"] = Part(60, [train("run", preset, *data, *rest, "--train.max-steps", 600)])
-    found["run-captured"] = Part(60, [train("run-captured", preset, *data, *rest, "--train.max-steps", 600, *captured)])
-    profiled = ["--loss.impl", "auto", "--profile.enabled", "--eval.every", 1000]
-    commands = [train("profile", preset, *data, *profiled, "--train.max-steps", 200)]
-    found["profile"] = Part(60, [*commands, module("profiling.report", output / "profile")])
+    rounds18, rounds50 = ("--steps", 10, "--warmup", 6), ("--rounds", 3, "--steps", 3, "--warmup", 6)
+    found["step-resnet18"] = Part(300, [step("step-resnet18", *resnet18, *against, "naive", *rounds18)], "benchmark")
+    found["step-resnet50"] = Part(300, [step("step-resnet50", *resnet50, *against, *rounds50)], "benchmark")
+    large, million, small = kernels_of((256, 1024), 65536), kernels_of(256, 1048576), kernels_of(512, 4096)
+    found["kernels"] = Part(300, kernels("kernels", *large), "benchmark")
+    found["kernels-million"] = Part(300, kernels("kernels-million", *million), "benchmark")
+    found["kernels-small"] = Part(300, kernels("kernels-small", *small), "benchmark")  # the cifar10 preset's
+    found["tiles"] = Part(300, kernels("tiles", "--tiles", *only, *large), "benchmark")
+
+    rest = [*data, *fused, "--eval.every", 1000, "--run.log-every", 50]
+    found["run-captured"] = Part(40, [train("run-captured", preset, *rest, "--train.max-steps", 400, *captured)])
+    commands = [train("profile", preset, *rest, "--profile.enabled", "--train.max-steps", 200)]
+    found["profile"] = Part(45, [*commands, module("profiling.report", output / "profile")])
+    # A process of its own: in float32 it may not fit beside another.
+    found["plain-resnet50"] = Part(40, [step("plain-resnet50", *resnet50, "--against", "naive", *rounds50)])
     # So many batches before the clock starts that a small source has been read once and comes decoded.
     kinds = ("loader-32", images and images / "train" / "airplane", 32, 512), ("loader-224", photographs, 224, 256)
     for name, folder, size, batch in kinds:
@@ -139,17 +131,17 @@ def parts(output: Path, images: Path | None, photographs: Path | None, tiny: boo
             given += ["--warmup", 30 if size == 32 else 8, "--batches", 30 if size == 32 else 12]
             found[name] = Part(60, [module("profiling.loader_benchmark", *given)])
     if photographs is not None:
-        given = ["--data.path", photographs, "--train.batch-size", 256, "--train.max-steps", 60]
-        commands = [train("profile-224", "imagenet100", *given, *profiled)]
+        given = ["--data.path", photographs, *fused, "--train.batch-size", 256, "--train.max-steps", 60]
+        commands = [train("profile-224", "imagenet100", *given, "--profile.enabled", "--eval.every", 1000)]
         found["profile-224"] = Part(120, [*commands, module("profiling.report", output / "profile-224")])
-    if lightly and images:
-        given = ["--data.path", images / "train", "--against", "lightly", *rounds18]
-        found["lightly"] = Part(120, [step("lightly", *resnet18, *given)])
-    larger = ["--model.arch", "resnet18", *bank, "--batches", 128, 256, 1024, "--ranks", 1]
-    found["growth"] = Part(500, [module("profiling.growth", "--output", output / "growth", *larger)])
+    if importlib.util.find_spec("lightly") and images:
+        found["lightly"] = Part(120, [step("lightly", *resnet18, *data, "--against", "lightly", *rounds18)])
+    sizes = ["--model.arch", "resnet18", "--train.batch-size", 512, "--model.bank-size", 65536]
+    larger = ["--output", output / "growth", *sizes, "--batches", 128, 256, 1024, "--ranks", 1]
+    found["growth"] = Part(500, [module("profiling.growth", *larger)])
     for objective in ("reco", "moco") if images else ():
         name = f"quality-{objective}"
-        given = [*data, "--train.epochs", 100, "--loss.objective", objective]
+        given = [*data, *val, "--train.epochs", 100, "--loss.objective", objective]
         found[name] = Part(500, [train(name, "cifar10", *given)])
     return found
 
@@ -165,6 +157,7 @@ class Session:
         self.output = output
         self.deadline = time.monotonic() + budget
         self._path = output / "session.json"
+        self._machine = output / "machine.lock"
         self._running: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.Lock()
         output.mkdir(parents=True, exist_ok=True)
@@ -175,20 +168,19 @@ class Session:
 
     def run(self, chosen: dict[str, Part]) -> bool:
         """Whether all are done."""
-        checks = {name: part for name, part in chosen.items() if not part.timed}
+        together = {name: part for name, part in chosen.items() if part.kind != "alone"}
         with self._nothing_left_running():
-            with ThreadPoolExecutor(max(1, len(checks))) as pool:
-                list(pool.map(self._one, checks, checks.values()))
-            trusted = self.ended.get("kernel-tests", {}).get("ended") == "done"
+            with ThreadPoolExecutor(max(1, len(together))) as pool:
+                list(pool.map(self._one, together, together.values()))
             for name, part in chosen.items():
-                if part.timed:
-                    self._one(name, _with_triton(part) if trusted else part)
+                if part.kind == "alone":
+                    self._one(name, part)
         return all(self.ended[name]["ended"] == "done" for name in chosen)
 
     def _one(self, name: str, part: Part) -> None:
         start = time.monotonic()
         left = self.deadline - start
-        if left < part.seconds:
+        if part.kind == "alone" and left < part.seconds:
             how = f"left out: {left:.0f} s of the budget are left, {part.seconds} are needed"
         else:
             how = self._commands(part, self.output / f"{name}.log")
@@ -205,24 +197,43 @@ class Session:
     def _commands(self, part: Part, log: Path) -> str:
         """How it ended: "done", "exit CODE" of the first command that failed, "stopped after ...", or why it did not
         start."""
-        deadline = time.monotonic() + part.seconds
+        deadline = min(self.deadline, time.monotonic() + part.seconds)
         with open(log, "ab") as file:
             for command in part.commands:
                 try:
-                    process = subprocess.Popen(command, cwd=HERE, stdout=file, stderr=file, process_group=0)
-                except OSError as error:
-                    return f"did not start: {error}"
-                self._running.add(process)
-                try:
-                    code = process.wait(max(0, deadline - time.monotonic()))
+                    code = self._command(command, part.kind, file, deadline)
                 except subprocess.TimeoutExpired:
                     return f"stopped after {part.seconds} s"
-                finally:
-                    _end(process)
-                    self._running.discard(process)
+                except OSError as error:
+                    return f"did not start: {error}"
                 if code != 0:
                     return f"exit {code}"
         return "done"
+
+    def _command(self, command: list[str], kind: str, log: IO[bytes], deadline: float) -> int:
+        with Machine(self._machine) as machine:
+            assert machine.file is not None
+            shared = machine.file.fileno()
+            # Compilers side by side would each take all cores.
+            together = {"TORCHINDUCTOR_COMPILE_THREADS": "4", "OMP_NUM_THREADS": "2"} if kind != "alone" else {}
+            own = {LOCK: str(shared)} if kind == "benchmark" else {}
+            process = subprocess.Popen(
+                command,
+                cwd=HERE,
+                env={**os.environ, **together, **own},
+                stdout=log,
+                stderr=log,
+                process_group=0,
+                pass_fds=[shared] if kind == "benchmark" else [],
+            )
+            if kind == "benchmark":  # the share is the process's now, and ends with it at the latest
+                machine.file.close()
+            self._running.add(process)
+            try:
+                return process.wait(max(0, deadline - time.monotonic()))
+            finally:
+                _end(process)
+                self._running.discard(process)
 
     @contextlib.contextmanager
     def _nothing_left_running(self) -> Iterator[None]:
@@ -237,12 +248,6 @@ class Session:
         for process in tuple(self._running):
             _kill(process)
         os._exit(128 + signal.SIGTERM)
-
-
-def _with_triton(part: Part) -> Part:
-    """The fused kernel, whether or not `impl="auto"` knows that it is faster."""
-    text = json.dumps(part.commands).replace('"--loss.impl", "auto"', '"--loss.impl", "triton"')
-    return part._replace(commands=json.loads(text))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor
 from reco_fast.json_files import write_json, write_text
 from reco_fast.kernels import launch
 from reco_fast.kernels.reference import BFLOAT16_ATTENTION, CudaAttention, reco_loss_sdpa, reco_loss_torch
+from reco_fast.profiling.machine import Machine
 from reco_fast.run_folder import environment
 
 SETTINGS: dict[str, Any] = {
@@ -44,7 +45,6 @@ TILES = (
     launch.Tile(64, 32, 4, 4, 4),
     launch.Tile(64, 64, 4, 2, 3),
     launch.Tile(64, 64, 4, 3, 3),
-    launch.Tile(64, 64, 4, 4, 2),
     launch.Tile(64, 128, 4, 2, 2),
     launch.Tile(128, 32, 8, 3, 1),
     launch.Tile(128, 64, 8, 3, 1),
@@ -344,9 +344,10 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=GPU_LENGTHS if on_gpu else CPU_LENGTHS)
     parser.add_argument("--tiles", action="store_true", help="also time the candidates for the launch table (D = 128)")
     arguments = parser.parse_args()
-    report = run(
-        arguments.output, arguments.only, arguments.rows, arguments.lengths, device, arguments.tiles and on_gpu
-    )
+    with Machine().alone():
+        report = run(
+            arguments.output, arguments.only, arguments.rows, arguments.lengths, device, arguments.tiles and on_gpu
+        )
     print(report.markdown())
 
 

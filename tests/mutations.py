@@ -36,7 +36,7 @@ MUTATIONS = {
     "sum of what was cut not used": ("total if DTYPE == tl.float32 else weight", "total"),
     "upstream gradient ignored": ("(grads * grad_total)", "grads"),
     "mean over the batch taken as a sum": ("(q_inverse / N)", "q_inverse"),
-    "means taken before the last row": ("== N - 1", "== 0"),
+    "means never taken": ("== N - 1", "== N"),
     "first TF32 product of three dropped": ("_dot(a_low, b_high,", "_dot(a_low * 0, b_high,"),
     "second TF32 product of three dropped": ("_dot(a_high, b_low,", "_dot(a_high, b_low * 0,"),
     "TF32 sum of a split left in the tensor cores": (

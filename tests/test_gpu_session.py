@@ -8,6 +8,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,23 +62,15 @@ sys.exit(not other.exists())
 
 
 def test_checks_run_side_by_side_and_what_is_timed_alone(tmp_path: Path) -> None:
-    def meet(mine: str, other: str, *, timed: bool) -> Part:
-        return Part(60, [[*PYTHON, MEET.replace("20", "1" if timed else "20"), *map(str, (mine, other))]], timed)
+    def meet(mine: str, other: str, kind: Any) -> Part:
+        return Part(60, [[*PYTHON, MEET.replace("20", "1" if kind == "alone" else "20"), mine, other]], kind)
 
     one, two, three, four = (str(tmp_path / name) for name in ("one", "two", "three", "four"))
-    together = {"a": meet(one, two, timed=False), "b": meet(two, one, timed=False)}
+    together = {"a": meet(one, two, "check"), "b": meet(two, one, "benchmark")}
     session = Session(tmp_path / "session", 900)
-    assert not session.run({"c": meet(three, four, timed=True), "d": meet(four, three, timed=True), **together})
+    assert not session.run({"c": meet(three, four, "alone"), "d": meet(four, three, "alone"), **together})
     how = recorded(tmp_path / "session")
     assert how == {"a": "done", "b": "done", "c": "exit 1", "d": "done"}  # d found what c had left
-
-
-def test_the_step_takes_the_fused_kernel_once_its_tests_have_passed(tmp_path: Path) -> None:
-    said = [*PYTHON, "import sys; print(sys.argv[1:])", "--loss.impl", "auto"]
-    for code, impl in ((1, "auto"), (0, "triton")):
-        tests = Part(20, [[*PYTHON, f"raise SystemExit({code})"]], timed=False)
-        Session(tmp_path / impl, 900).run({"kernel-tests": tests, "step": Part(20, [said])})
-        assert impl in (tmp_path / impl / "step.log").read_text()
 
 
 def test_the_pack_holds_results_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,6 +88,19 @@ def test_the_pack_holds_results_and_no_more(tmp_path: Path, monkeypatch: pytest.
     with tarfile.open(pack(folder)) as tar:
         assert "part.log" not in tar.getnames()
         assert "a.json" in tar.getnames()
+
+
+def test_a_benchmark_is_timed_when_the_checks_are_done(tmp_path: Path) -> None:
+    """Also one that has begun long before it asks: its share is held from its start."""
+    timed = "from reco_fast.profiling.machine import Machine\nwith Machine().alone(): print(time.monotonic())"
+    parts = {
+        "check": Part(60, [[*PYTHON, "import time; time.sleep(2); print(time.monotonic())"]], "check"),
+        "benchmark": Part(60, [[*PYTHON, f"import time\ntime.sleep(0.5)\n{timed}"]], "benchmark"),
+    }
+    folder = tmp_path / "session"
+    assert Session(folder, 900).run(parts)
+    check, benchmark = (float((folder / f"{name}.log").read_text()) for name in parts)
+    assert benchmark > check
 
 
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM])

@@ -108,16 +108,20 @@ def test_weights_and_ratios(global_weight: Any, local_weight: Any, mix_ratio: An
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_worse_than_eager_autocast(kind: str) -> None:
-    problem = make_problem(kind, 8, 500, 128, torch.float32, torch.bfloat16, DEVICE)
+    """By the quadratic mean over four draws: in one of a few rows, errors may cancel."""
 
     def eager_autocast(*args: Any, **settings: Any) -> ReCoLossOutput:
         with torch.autocast(DEVICE, torch.bfloat16):
             return reco_loss_torch(*args, **settings)
 
-    expected = solve(problem)
-    ours, theirs = errors(run(fused, problem), expected), errors(run(eager_autocast, problem), expected)
-    for name, error in vars(ours).items():
-        assert error <= max(vars(theirs)[name], 1e-6), name
+    found: dict[str, list[list[float]]] = {"ours": [], "theirs": []}
+    for length in range(500, 504):
+        problem = make_problem(kind, 8, length, 128, torch.float32, torch.bfloat16, DEVICE)
+        expected = solve(problem)
+        for name, implementation in (("ours", fused), ("theirs", eager_autocast)):
+            found[name].append(list(vars(errors(run(implementation, problem), expected)).values()))
+    ours, theirs = (np.sqrt(np.square(found[name]).mean(axis=0)) for name in ("ours", "theirs"))
+    assert (ours <= np.maximum(theirs, 1e-6)).all(), (ours, theirs)
 
 
 def test_the_mean_of_equal_rows_is_that_row() -> None:
