@@ -94,7 +94,7 @@ def parts(output: Path, images: Path | None, photographs: Path | None, tiny: boo
 
     accuracy = [sys.executable, "tests/accuracy.py", "--output", str(output / "accuracy.jsonl")]
     accuracy += TINY["accuracy"].split() if tiny else "--rows 256 1024 --lengths 65536".split()
-    found["kernel-tests"] = Part(200, tests(5, "relation_loss", "reference", "losses", "launch"), "check")
+    found["kernel-tests"] = Part(110, tests(5, "relation_loss", "reference", "losses", "launch"), "check")
     found["step-tests"] = Part(200, tests(2, "cuda_graph", "step", "model", "memory_bank"), "check")
     found["accuracy"] = Part(200, [accuracy], "check")
     loaders = ["torch", *(["dali"] if importlib.util.find_spec("nvidia.dali") else [])]
