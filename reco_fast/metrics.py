@@ -3,7 +3,6 @@
 import json
 import sys
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,14 +43,16 @@ class Meter:
     """Images a second, step times and the share of the time spent waiting for data, between two readings.
 
     `images` and `seconds` are the sums over all readings. A step's time is what passes on the host from the end of one
-    step to the end of the next; a GPU works behind it, so single steps are exact on a CPU only.
+    step to the end of the next; a GPU works behind it, so single steps are exact on a CPU only. Waiting for data is by
+    the clock of the device: what a GPU waits from the end of a step until the next batch is there.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.images = 0
         self.seconds = 0.0
         self._on_gpu = device.type == "cuda"
-        self._under_way: deque[torch.cuda.Event] = deque()  # the ends of steps that the GPU may still be at
+        self._ends: list[torch.cuda.Event] = []  # of steps on the GPU, and when the next batch was there
+        self._batches: list[torch.cuda.Event] = []
         self.restart()
 
     def restart(self) -> None:
@@ -60,24 +61,24 @@ class Meter:
         self._new_images = 0
         self._waited = 0.0
         self._step_ends = [self._start]
+        self._ends, self._batches = [], []
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """For data. First for the GPU, if it is more than `AHEAD` steps behind: a host without that bound would always
-        be waiting for data, however early they come."""
-        while len(self._under_way) > AHEAD:
-            self._under_way.popleft().synchronize()
+        """For data. A host that is more than `AHEAD` steps before a GPU waits for that first."""
+        if len(self._ends) > AHEAD:
+            self._ends[-1 - AHEAD].synchronize()
         start = time.perf_counter()
         yield
         self._waited += time.perf_counter() - start
+        if self._ends:
+            self._batches.append(_event())
 
     def add(self, images: int) -> None:
         self._new_images += images
         self._step_ends.append(time.perf_counter())
         if self._on_gpu:
-            event = torch.cuda.Event(blocking=True)
-            event.record()
-            self._under_way.append(event)
+            self._ends.append(_event())
 
     def step_times(self) -> dict[str, float]:
         """Median and 95th percentile of the steps since the last reading, in milliseconds. At least one is needed."""
@@ -86,12 +87,27 @@ class Meter:
 
     def read(self) -> tuple[float, float]:
         """Images/s and data-wait share since the last reading, and start anew."""
+        if self._on_gpu:
+            self._waited = self._gpu_waited()
         seconds = time.perf_counter() - self._start
         images, waited = self._new_images, self._waited
         self.images += images
         self.seconds += seconds
         self.restart()
         return images / seconds, waited / seconds
+
+    def _gpu_waited(self) -> float:
+        """Seconds. The GPU is at its last step's end: a step that is logged waits for it."""
+        if self._batches:
+            self._batches[-1].synchronize()
+        return sum(end.elapsed_time(batch) for end, batch in zip(self._ends, self._batches, strict=False)) / 1e3
+
+
+def _event() -> torch.cuda.Event:
+    """On the stream that trains, now."""
+    event = torch.cuda.Event(enable_timing=True, blocking=True)
+    event.record()
+    return event
 
 
 class RunLog:

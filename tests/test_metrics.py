@@ -3,6 +3,7 @@
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -80,27 +81,62 @@ def test_meter_counts_waiting_and_forgets_what_is_not_training() -> None:
     assert 0.2 < waited < 0.9
 
 
-def test_the_host_is_no_further_ahead_of_a_gpu_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else it would wait for data all the time. A stand-in for the GPU: each step ends when somebody waits for it."""
-    done: list[int] = []
+class Gpu:
+    """A stand-in that takes 30 ms a step, with its events and the host's clock; no real time passes."""
 
-    class Event:
-        made = 0
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = self.free_at = 0.0
+        gpu = self
 
-        def __init__(self, blocking: bool) -> None:
-            self.step, Event.made = Event.made, Event.made + 1
+        class Event:
+            def __init__(self, enable_timing: bool, blocking: bool) -> None:
+                assert enable_timing
 
-        def record(self) -> None:
-            assert self.step - len(done) <= AHEAD
+            def record(self) -> None:
+                self.at = max(gpu.free_at, gpu.now)
 
-        def synchronize(self) -> None:
-            time.sleep(0.02)
-            done.append(self.step)
+            def synchronize(self) -> None:
+                gpu.now = max(gpu.now, self.at)
 
-    monkeypatch.setattr(torch.cuda, "Event", Event)
+            def elapsed_time(self, other: "Event") -> float:
+                assert gpu.now >= other.at, "not there yet"
+                return 1e3 * (other.at - self.at)
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr("reco_fast.metrics.time", SimpleNamespace(perf_counter=lambda: self.now))
+
+    def step(self) -> None:
+        self.free_at = max(self.free_at, self.now) + 0.03
+
+
+@pytest.mark.parametrize(("data", "share"), [(0.0, 0.0), (0.02, 0.0), (0.06, 0.5)])
+def test_waiting_for_data_on_a_gpu_is_what_the_gpu_waits(
+    monkeypatch: pytest.MonkeyPatch, data: float, share: float
+) -> None:
+    """Data that takes less than a step costs nothing, though the host waits for it all the time."""
+    gpu = Gpu(monkeypatch)
     meter = Meter(torch.device("cuda"))
-    for step in range(6):
+    for _ in range(100):
         with meter.waiting():
-            assert done == list(range(max(0, step - AHEAD)))
+            assert gpu.free_at - gpu.now <= AHEAD * 0.03 + 1e-9  # the host is no further ahead
+            gpu.now += data
+        gpu.step()
         meter.add(1)
-    assert meter.read()[1] < 0.1  # waiting for the GPU is no waiting for data
+    gpu.now = max(gpu.now, gpu.free_at)  # as the host waits for what it logs
+    rate, waited = meter.read()
+    assert waited == pytest.approx(share, abs=0.02)
+    assert rate == pytest.approx(1 / max(0.03, 0.06 if share else 0), rel=0.05)
+
+
+def test_what_comes_between_two_steps_that_are_no_training_is_no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(monkeypatch)
+    meter = Meter(torch.device("cuda"))
+    for _ in range(2):
+        with meter.waiting():
+            pass
+        gpu.step()
+        meter.add(1)
+        gpu.now += 1.0
+        meter.restart()
+    gpu.now += 0.1
+    assert meter.read()[1] == 0
