@@ -43,6 +43,6 @@ loader() { # NAME FOLDER OPTION...
 }
 small="--image-size 32 --batch-size 256 --batches 12"
 loader loader-cifar10-32px-2cores "$cifar" $small
-class=$(find "$cifar" -mindepth 1 -maxdepth 1 -type d | sort | head -n 1) # its 5,000 images have all been read in the warm-up
-loader loader-cifar10-32px-later-epochs-2cores "$class" $small --warmup 20
+class=$(find "$cifar" -mindepth 1 -maxdepth 1 -type d | sort | head -n 1) # its 5,000 images have all been read, and the loader has changed over to what it keeps, in the warm-up
+loader loader-cifar10-32px-later-epochs-2cores "$class" $small --warmup 40
 loader loader-photographs-224px-2cores "$photographs" --image-size 224 --batch-size 32 --batches 10
