@@ -14,7 +14,8 @@ import pytest
 
 from reco_fast import cli, train
 from reco_fast.profiling import benchmark, gpu_session, growth
-from reco_fast.profiling.gpu_session import Part, Session, pack, parts
+from reco_fast.profiling.gpu_parts import Part, parts
+from reco_fast.profiling.gpu_session import Session, pack
 
 PYTHON = [sys.executable, "-c"]
 
@@ -107,7 +108,8 @@ def test_a_benchmark_is_timed_when_the_checks_are_done(tmp_path: Path) -> None:
 def test_a_session_that_is_cut_leaves_what_was_done(tmp_path: Path, by: int) -> None:
     script = tmp_path / "session.py"
     script.write_text(
-        "import sys\nfrom pathlib import Path\nfrom reco_fast.profiling.gpu_session import Part, Session\n"
+        "import sys\nfrom pathlib import Path\n"
+        "from reco_fast.profiling.gpu_parts import Part\nfrom reco_fast.profiling.gpu_session import Session\n"
         "first = Part(60, [[sys.executable, '-c', 'print(1)']])\n"
         "sleeps = 'import os, time; print(os.getpid(), flush=True); time.sleep(99)'\n"
         "endless = Part(60, [[sys.executable, '-c', sleeps]])\n"
