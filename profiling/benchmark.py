@@ -55,9 +55,9 @@ STEPS: dict[str, dict[str, Callable[[Config, torch.device], Contestant]]] = {
     },
     "supervised": {"supervised": contestants.supervised},
     "launches": {
-        f"{name}, {way}": partial(contestants.launched, make, **settings)
+        f"{name}, {'captured' if captured else 'eager'}": partial(contestants.launched, make, captured=captured)
         for name, make in (("ours", contestants.trainer), ("supervised", contestants.supervised))
-        for way, settings in (("eager", {"compile": False}), ("captured", {"compile": True, "cuda_graph": True}))
+        for captured in (False, True)
     },
 }
 """Who comes for each opponent, by the name in the tables."""

@@ -101,10 +101,10 @@ def supervised(config: Config, device: torch.device) -> Contestant:
 
 
 def launched(
-    make: Callable[[Config, torch.device], Contestant], config: Config, device: torch.device, **settings: bool
+    make: Callable[[Config, torch.device], Contestant], config: Config, device: torch.device, *, captured: bool
 ) -> Contestant:
-    """A contestant with other settings of `config.train`."""
-    return make(replace(config, train=replace(config.train, **settings)), device)
+    """A contestant compiled and captured as a CUDA graph, or eager."""
+    return make(replace(config, train=replace(config.train, compile=captured, cuda_graph=captured)), device)
 
 
 def lightly(config: Config, device: torch.device, *, autocast: bool) -> Contestant:
