@@ -219,8 +219,8 @@ def _backward(ctx, grad_total: Tensor, *_: object) -> tuple[Tensor | None, ...]:
 
 
 class _RelationLoss(torch.autograd.Function):
-    """What `relation_loss_op` does, for code that is not compiled: the dispatcher of custom operators and its autograd
-    take five times as long on the host as all else here."""
+    """What `relation_loss_op` does, for code that is not compiled: there the dispatcher of custom operators would take
+    the host longer than all else here."""
 
     @staticmethod
     def forward(*inputs) -> tuple[Tensor, Tensor, Tensor]:
