@@ -229,6 +229,7 @@ class _RelationLoss(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # zeros for what has no gradient would be a kernel each
         _setup_context(ctx, inputs, output)
 
     backward = staticmethod(_backward)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dispatch import Recorder
 from float64_reference import KINDS, Problem, Result, errors, make_problem, run, solve
 from mutations import MUTATIONS, ROOT, SOURCES, mutated
 
@@ -155,6 +156,16 @@ def test_the_same_bits_twice() -> None:
     np.testing.assert_array_equal(first.losses, second.losses)
     np.testing.assert_array_equal(first.grad_query, second.grad_query)
     np.testing.assert_array_equal(first.grad_query_mix, second.grad_query_mix)
+
+
+def test_backward_scales_and_launches_nothing_else() -> None:
+    problem = make_problem("random", 5, 100, 64, device=DEVICE)
+    leaves = [x.requires_grad_() for x in problem.tensors()[:2]]
+    total = fused(*problem.tensors(), **problem.settings).total
+    upstream = torch.ones_like(total)
+    with Recorder() as recorder:
+        torch.autograd.grad(total, leaves, upstream)
+    assert recorder.seen == ["mul", "unbind"]
 
 
 def test_the_banks_may_be_overwritten_before_backward() -> None:
