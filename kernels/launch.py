@@ -20,9 +20,10 @@ class Tile(NamedTuple):
     programs: int
 
 
-# For up to 64 rows, and for more; by bank dtype and by D rounded up. From the compiler, not from a clock: none spills,
-# and the registers and shared memory that `compile_matrix.py` reports allow `programs` on a multiprocessor, since only
-# another program overlaps a program's softmax with matrix products. sm_80 tiles stay under the 99 KiB of 8.6 and 12.0.
+# For up to 64 rows, and for more; by bank dtype and by D rounded up. sm_90 with bfloat16 and D = 128 by the clock
+# (docs/kernels.md), all else from the compiler: none spills, and the registers and shared memory that
+# `compile_matrix.py` reports allow `programs` on a multiprocessor, since only another program overlaps a program's
+# softmax with matrix products. sm_80 tiles stay under the 99 KiB of 8.6 and 12.0.
 TILES: dict[str, dict[tuple[str, int], tuple[Tile, Tile]]] = {
     "sm_80": {
         ("bfloat16", 64): (Tile(64, 64, 4, 3, 3), Tile(64, 64, 4, 3, 3)),
@@ -134,8 +135,8 @@ class Measured(NamedTuple):
     source: str
 
 
-# The first row that fits decides. Rows for a GPU come from `python -m reco_fast.profiling.launch_table`; until a
-# benchmark has run on one, the choice there is PyTorch's own attention.
+# The first row that fits decides. Rows for a GPU come from `python -m reco_fast.profiling.launch_table`; on one that no
+# benchmark has run on, the choice is PyTorch's own attention.
 MEASURED = (
     Measured("sm_90", 1, "triton", "docs/kernels.md, GPU: NVIDIA H200, 2026-11-26"),
     Measured("cpu", 64 * 4096, "sdpa", "docs/kernels.md, CPU: 1.2 to 3.0 times faster than torch, one Xeon thread"),

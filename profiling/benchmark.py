@@ -125,7 +125,7 @@ def compare_steps(
     benchmark: Benchmark, entered: Mapping[str, Contestant], device: torch.device, machine: Machine
 ) -> dict[str, Any]:
     """Each on a batch in memory, again and again. `rounds`: every turn; `results`: what `_summary` says; `left_out`:
-    who needs more memory than there is."""
+    who needs more memory than there is. Raises ConfigError where that is ours."""
 
     def turn(name: str, steps: int) -> Turn:
         contestant = entered[name]
@@ -139,6 +139,10 @@ def compare_steps(
             print(f"{name}: ready after {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
         except torch.OutOfMemoryError:
             left_out.append(name)
+    if "ours" in left_out:
+        raise ConfigError(
+            f"--train.batch-size: expected a batch that fits, got {benchmark.train.batch_size}: no memory"
+        )
     names = [name for name in entered if name not in left_out]
     with machine.alone():
         turns = _alternate(names, benchmark.rounds, lambda name: turn(name, benchmark.steps))

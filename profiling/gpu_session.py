@@ -89,13 +89,14 @@ class Session:
     def _commands(self, part: Part, log: Path) -> str:
         """How it ended: "done", "exit CODE" of the first command that failed, "stopped after ...", or why it did not
         start."""
-        deadline = min(self.deadline, time.monotonic() + part.seconds)
+        start = time.monotonic()
+        deadline = min(self.deadline, start + part.seconds)
         with open(log, "ab") as file:
             for command in part.commands:
                 try:
                     code = self._command(command, part.kind, file, deadline)
                 except subprocess.TimeoutExpired:
-                    return f"stopped after {part.seconds} s"
+                    return f"stopped after {deadline - start:.0f} s"
                 except OSError as error:
                     return f"did not start: {error}"
                 if code != 0:
@@ -161,18 +162,21 @@ def pack(output: Path) -> Path:
     """All results in `output` as one gzipped archive beside it, the smallest first and none deeper than one folder."""
     packed = output.with_name(f"{output.name}.tar.gz")
     temporary = packed.with_suffix(".tmp")
-    files = [path for path in output.rglob("*") if path.is_file() and path.name.endswith(KEPT)]
+    found: list[tuple[bytes, Path]] = []
+    for path in output.rglob("*"):
+        if path.name.endswith(KEPT):
+            with contextlib.suppress(OSError):  # a part under way may take a file away
+                content = path.read_bytes()
+                found.append((content[-LOG_BYTES:] if path.suffix == ".log" else content, path))
     left = PACK_BYTES
     with tarfile.open(temporary, "w:gz") as tar:
-        for path in sorted(files, key=lambda path: path.stat().st_size):
-            content = path.read_bytes()
-            content = content[-LOG_BYTES:] if path.suffix == ".log" else content
+        for content, path in sorted(found, key=lambda item: len(item[0])):
             left -= len(content)
             if left < 0:  # what the gzip saves is not counted on
                 break
             folder, *rest = path.relative_to(output).parts
             member = tarfile.TarInfo("/".join([folder, "_".join(rest)]) if rest else folder)
-            member.size, member.mtime = len(content), int(path.stat().st_mtime)
+            member.size, member.mtime = len(content), int(time.time())
             tar.addfile(member, io.BytesIO(content))
     temporary.rename(packed)
     return packed

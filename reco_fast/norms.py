@@ -1,6 +1,7 @@
 """Batch norms as a step uses them: of groups of the batch in one pass, and their running averages."""
 
 import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -114,8 +115,9 @@ def use_groups(model: nn.Module, groups: int) -> None:
         device = None if norm.running_mean is None else norm.running_mean.device
         powers = torch.arange(groups - 1, -1, -1, device=device)
         norm.__class__ = _GROUPED[type(norm)]
-        norm.groups = groups  # type: ignore[assignment]
-        norm.register_buffer("shares", momentum * (1 - momentum) ** powers, persistent=False)
+        grouped: Any = norm
+        grouped.groups = groups
+        grouped.register_buffer("shares", momentum * (1 - momentum) ** powers, persistent=False)
 
 
 class NormBuffers:
@@ -127,11 +129,9 @@ class NormBuffers:
         norms = {"student": batch_norms(student), "teacher": [n for n in batch_norms(teacher) if n.training]}
         tracking = {name: [n for n in found if n.track_running_stats] for name, found in norms.items()}
         every = itertools.chain.from_iterable(tracking.values())
-        self._averages: list[Tensor] = [a for n in every for a in (n.running_mean, n.running_var)]  # type: ignore[misc]
-        self._counts: dict[str, list[Tensor]] = {
-            name: [n.num_batches_tracked for n in found]  # type: ignore[misc]
-            for name, found in tracking.items()
-        }
+        self._averages = [getattr(norm, name) for norm in every for name in ("running_mean", "running_var")]
+        counts = {name: [norm.num_batches_tracked for norm in found] for name, found in tracking.items()}
+        self._counts = {name: [count for count in found if count is not None] for name, found in counts.items()}
 
     def copy(self) -> Tensor | None:
         """The running averages, one after the other; None where there are none."""

@@ -34,12 +34,15 @@ def test_a_part_that_fails_or_hangs_is_recorded_and_the_next_goes_on(
         "missing": Part(20, [["/no/such/program"]]),
         "works": Part(20, [[*PYTHON, "print('one')"], [*PYTHON, "print('two')"]]),
         "long": Part(1000, [[*PYTHON, "print('never')"]]),
+        "cut": Part(1000, [[*PYTHON, "import time; time.sleep(60)"]], "check"),
     }
     folder = tmp_path / "session"
     folder.mkdir()
     (folder / "session.json").write_text(json.dumps({"parts": {"earlier": {"ended": "done"}}}))
-    assert not Session(folder, 900).run(chosen)
+    assert not Session(folder, 3).run({name: part for name, part in chosen.items() if name == "cut"})
+    assert not Session(folder, 900).run({name: part for name, part in chosen.items() if name != "cut"})
     how = recorded(folder)
+    assert how.pop("cut") == "stopped after 3 s"  # by the budget, not by its own limit
     assert how.pop("missing").startswith("did not start")
     assert how.pop("long").startswith("left out: ")
     assert how == {"earlier": "done", "fails": "exit 3", "hangs": "stopped after 2 s", "works": "done"}
@@ -81,10 +84,13 @@ def test_the_pack_holds_results_and_no_more(tmp_path: Path, monkeypatch: pytest.
         (folder / name).write_text(name)
     (folder / "run" / "memory_1.pickle").write_text("code")
     (folder / "part.log").write_text("start" + "x" * gpu_session.LOG_BYTES)
+    (folder / "taken-away.json").symlink_to(folder / "nothing")  # as if removed after it was listed
     with tarfile.open(pack(folder)) as tar:
         names = set(tar.getnames())
         assert names == {"a.json", "part.log", "run/metrics.jsonl", "run/tensorboard_x.pt.trace.json.gz"}
-        assert not tar.extractfile("part.log").read().startswith(b"start")  # type: ignore[union-attr]
+        log = tar.extractfile("part.log")
+        assert log is not None
+        assert not log.read().startswith(b"start")
     monkeypatch.setattr(gpu_session, "PACK_BYTES", 100)
     with tarfile.open(pack(folder)) as tar:
         assert "part.log" not in tar.getnames()
@@ -128,7 +134,9 @@ def test_a_session_that_is_cut_leaves_what_was_done(tmp_path: Path, by: int) -> 
         process.wait(20)
     with tarfile.open(tmp_path / "out.tar.gz") as tar:
         assert {"session.json", "first.log"} <= set(tar.getnames())
-        done = json.load(tar.extractfile("session.json"))  # type: ignore[arg-type]
+        recorded_last = tar.extractfile("session.json")
+        assert recorded_last is not None
+        done = json.load(recorded_last)
     assert done["parts"]["first"]["ended"] == "done"
     if by == signal.SIGTERM:
         deadline = time.monotonic() + 20

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from reco_fast.profiling.machine import LOCK, Machine
 
 # Gets ready for so long, then is timed; says when it did what.
@@ -34,7 +36,7 @@ def test_nobody_is_timed_while_another_gets_ready_or_is_timed(tmp_path: Path) ->
     assert all(one["ends"] <= other["begins"] for one, other in itertools.pairwise(order))
 
 
-def test_without_a_session_nobody_waits(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_without_a_session_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(LOCK, raising=False)
     with Machine().alone(), Machine().alone():
         pass

@@ -153,6 +153,10 @@ def test_who_needs_more_memory_than_there_is_is_left_out_and_named(
     assert steps["left_out"] == ["naive"]
     assert set(steps["results"]) == {"ours", "supervised"}
     assert "Out of memory: naive." in (tmp_path / "step.md").read_text()
+    ours = contestants.trainer(CONFIG, CPU)._replace(train=too_large)
+    monkeypatch.setattr(contestants, "trainer", lambda *_: ours)
+    with pytest.raises(benchmark.ConfigError, match=r"--train\.batch-size: expected a batch that fits, got 16"):
+        run(monkeypatch, "--against", "supervised", "--output", tmp_path)
 
 
 def test_each_way_to_launch_has_its_own_bound(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
