@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from nvidia.dali.pipeline import OperatorConcurrency
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
@@ -133,6 +134,7 @@ class DaliLoader(Loader):
             device_id=self._device_id,
             prefetch_queue_depth=_DECODE_AHEAD,
             exec_dynamic=True,
+            concurrency=OperatorConcurrency.FULL,  # a small image's operators are bound by the thread that launches
         )
         pipeline.build()
         return pipeline

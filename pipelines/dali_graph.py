@@ -35,7 +35,10 @@ def view_inputs(view: ViewRecipe, p: ViewParameters, on_gpu: bool) -> dict[str, 
             "hue": (360 * p.hue).astype(np.float32),
         }
     if view.grayscale_probability:
-        inputs["grayscale"] = p.grayscale
+        if on_gpu:
+            inputs["colour"] = 1 - p.grayscale.astype(np.float32)
+        else:
+            inputs["grayscale"] = p.grayscale
     if view.blur_probability:
         inputs["blur"] = p.blur_sigma > 0
         if on_gpu:
@@ -133,8 +136,10 @@ def _view(images: Any, p: dict[str, Any], recipe: Recipe, on_gpu: bool, output: 
         elif p["jitter"]:
             view = contrast(brightness(view, p["brightness"]), p["contrast"])
             view = saturation_and_hue(view, p["saturation"], p["hue"])
-    if p.get("grayscale"):
-        view = fn.color_space_conversion(_grey(view), image_type=types.GRAY, output_type=types.RGB)
+    if "colour" in p:
+        view = colour_left(view, p["colour"])
+    elif p.get("grayscale"):
+        view = grey(view)
     if p.get("blur"):
         if on_gpu:
             view = fn.gaussian_blur(view, sigma=p["sigma"])
@@ -161,13 +166,13 @@ def brightness(view: Any, factor: Any) -> Any:
 
 def contrast(view: Any, factor: Any) -> Any:
     """About the mean of the grey image; DALI's own centre is half the range."""
-    center = fn.reductions.mean(_grey(view))
+    center = fn.reductions.mean(_luma(view))
     return fn.brightness_contrast(view, contrast=factor, contrast_center=center, brightness_shift=-_HALF / 255)
 
 
 def contrast_on_gpu(view: Any, factor: Any) -> Any:
     """The same by arithmetic: there the mean is on the GPU, and operators take their parameters from the CPU."""
-    center = fn.reductions.mean(_grey(view))
+    center = fn.reductions.mean(colour_left(view, 0.0))
     return fn.cast(center + factor * (view - center) - _HALF, dtype=types.UINT8)
 
 
@@ -182,5 +187,15 @@ def blur(view: Any, window: Any) -> Any:
     return fn.filter(fn.filter(view, window), fn.reshape(window, src_dims=[1, 0]))
 
 
-def _grey(view: Any) -> Any:
+def grey(view: Any) -> Any:
+    return fn.color_space_conversion(_luma(view), image_type=types.GRAY, output_type=types.RGB)
+
+
+def colour_left(view: Any, share: Any) -> Any:
+    """0: as `grey`, to one level at most; 1: as it is. For the GPU, where `color_space_conversion` launches a kernel
+    for each image."""
+    return fn.saturation(view, saturation=share)
+
+
+def _luma(view: Any) -> Any:
     return fn.color_space_conversion(view, image_type=types.RGB, output_type=types.GRAY)

@@ -62,11 +62,11 @@ def parts(output: Path, images: Path | None, photographs: Path | None, tiny: boo
     accuracy = [sys.executable, "tests/accuracy.py", "--output", str(output / "accuracy.jsonl")]
     accuracy += TINY["accuracy"].split() if tiny else "--rows 256 1024 --lengths 65536".split()
     found["kernel-tests"] = Part(110, tests(5, "relation_loss", "reference", "losses", "launch"), "check")
-    found["step-tests"] = Part(200, tests(2, "cuda_graph", "step", "model", "memory_bank"), "check")
+    found["step-tests"] = Part(200, tests(4, "cuda_graph", "step", "model", "memory_bank"), "check")
     found["accuracy"] = Part(200, [accuracy], "check")
     loaders = ["torch", *(["dali"] if importlib.util.find_spec("nvidia.dali") else [])]
     if "dali" in loaders:
-        found["loader-tests"] = Part(200, tests(2, "gpu_views", "loaders"), "check")
+        found["loader-tests"] = Part(200, tests(4, "gpu_views", "loaders"), "check")
     for loader in loaders:
         short = [*data, *val, *fused, "--train.max-steps", 60, "--eval.every", 1000, "--data.loader", loader]
         commands = [

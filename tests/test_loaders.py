@@ -115,12 +115,13 @@ def test_the_graph_for_a_gpu_is_accepted_decodes_once_and_reserves_what_the_imag
     """DALI checks operators, arguments and their types as a graph is defined; only to build it takes a GPU."""
     from reco_fast.pipelines import dali_graph as dali
 
-    given: dict[str, list[dict[str, Any]]] = {"image": [], "crop_mirror_normalize": []}
+    places = {"image": dali.fn.decoders, "crop_mirror_normalize": dali.fn, "color_space_conversion": dali.fn}
+    given: dict[str, list[dict[str, Any]]] = {name: [] for name in places}
 
     def recorded(name: str, operator: Any) -> Any:
         return lambda *inputs, **options: given[name].append(options) or operator(*inputs, **options)
 
-    for place, name in ((dali.fn.decoders, "image"), (dali.fn, "crop_mirror_normalize")):
+    for name, place in places.items():
         monkeypatch.setattr(place, name, recorded(name, getattr(place, name)))
     settings = {"batch_size": 2, "num_threads": 1, "device_id": 0, "exec_dynamic": True}
     graph = dali.graph(lambda: [], reco_recipe(224), True, dtype, (375, 500), with_decoded, **settings)
@@ -134,6 +135,7 @@ def test_the_graph_for_a_gpu_is_accepted_decodes_once_and_reserves_what_the_imag
     graph = dali.graph(lambda: [], reco_recipe(32), True, dtype, None, False, **settings)
     assert [output.device for output in graph._graph_out] == 3 * ["gpu"]
     assert len(given["image"]) == 1  # no decoder in the second
+    assert not given["color_space_conversion"]  # it launches a kernel for each image
 
 
 @needs_dali

