@@ -9,7 +9,7 @@ lightly: Lightly's MoCo (`lightly_moco.py`), as its example has it in float32 an
     also end to end, each with its own loader on the same image files.
 supervised: labels, cross-entropy and the same backbone with the same settings; by counted operations, 3 encoder passes
     an image against 8, a step should reach 3/8 of its images/s.
-launches: ours and supervised again, eager and captured as a CUDA graph (on a GPU; --warmup 6 has the capture before).
+launches: ours and supervised again without a CUDA graph, eager and compiled (on a GPU).
 torchvision: the loaders, by `loader_benchmark.py`, on the images of --data.path.
 
 The contestants take turns in one process; a ratio is the median over the rounds of the ratios within a round. Writes
@@ -32,7 +32,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
-from reco_fast import cli
+from reco_fast import cli, cuda_graph
 from reco_fast.config import Config, ConfigError, ModelConfig, StepConfig, TrainConfig
 from reco_fast.data import loader_workers
 from reco_fast.json_files import write_json, write_text
@@ -55,9 +55,9 @@ STEPS: dict[str, dict[str, Callable[[Config, torch.device], Contestant]]] = {
     },
     "supervised": {"supervised": contestants.supervised},
     "launches": {
-        f"{name}, {'captured' if captured else 'eager'}": partial(contestants.launched, make, captured=captured)
+        f"{name}, {'compiled' if compiled else 'eager'}": partial(contestants.launched, make, compiled=compiled)
         for name, make in (("ours", contestants.trainer), ("supervised", contestants.supervised))
-        for captured in (False, True)
+        for compiled in (False, True)
     },
 }
 """Who comes for each opponent, by the name in the tables."""
@@ -83,7 +83,7 @@ class Benchmark(StepOptions):
     steps: int = 2
     """Timed in a turn."""
     warmup: int = 2
-    """Steps before the first round: compilation, and the allocator's and the kernels' first times."""
+    """Steps before the first round, on a GPU as many as a CUDA graph needs: compilation, the allocator's first time."""
     output: Path = Path("benchmark")
     """Folder for step.json, step.md and step.png."""
 
@@ -104,6 +104,11 @@ class Turn(NamedTuple):
     """Of all threads of the process: beside the former it says whether the machine had other work."""
     peak_bytes: int
     """More memory than between steps, on CUDA; elsewhere 0."""
+
+
+def warmup_steps(given: int, device: torch.device) -> int:
+    """So many that a CUDA graph is captured before the clock starts."""
+    return max(given, cuda_graph.WARMUP + 2) if device.type == "cuda" else given
 
 
 def take_turn(step: Callable[[], object], steps: int, device: torch.device) -> Turn:
@@ -131,11 +136,14 @@ def compare_steps(
         contestant = entered[name]
         return take_turn(lambda: contestant.train(contestant.views), steps, device)
 
-    left_out = []
+    warmup = warmup_steps(benchmark.warmup, device)
+    left_out, peaks = [], {}
     for name in entered:
         start = time.perf_counter()
         try:
-            turn(name, benchmark.warmup)
+            turn(name, 1)  # tries algorithms that take memory of their own
+            if warmup > 1:  # a graph's memory can be seen as it is captured: it keeps it, between steps too
+                peaks[name] = turn(name, warmup - 1).peak_bytes
             print(f"{name}: ready after {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
         except torch.OutOfMemoryError:
             left_out.append(name)
@@ -151,8 +159,7 @@ def compare_steps(
         cpu = [round_[name].cpu_seconds_per_step / round_["ours"].cpu_seconds_per_step for round_ in turns]
         row["cpu_ms"] = 1e3 * statistics.median(round_[name].cpu_seconds_per_step for round_ in turns)
         row["cpu_time_ratio"], row["cpu_time_ratio_range"] = statistics.median(cpu), [min(cpu), max(cpu)]
-        peak = max(round_[name].peak_bytes for round_ in turns)
-        row["step_memory_mib"] = peak / 2**20 if device.type == "cuda" else None
+        row["step_memory_mib"] = peaks[name] / 2**20 if device.type == "cuda" else None
     for name in results:
         ours = name.replace("supervised", "ours")
         if name != ours and ours in results:
@@ -164,7 +171,7 @@ def compare_steps(
 def compare_end_to_end(benchmark: Benchmark, entered: Mapping[str, Contestant], device: torch.device) -> dict[str, Any]:
     """From image files: each with its own loader, which no other contestant's is beside."""
     # So many steps that what a loader made ahead while nobody asked is used up before the clock starts.
-    lead = max(benchmark.warmup, 2 * loader_workers(benchmark.data) + 2)
+    lead = max(warmup_steps(benchmark.warmup, device), 2 * loader_workers(benchmark.data) + 2)
 
     def turn(name: str) -> Turn:
         contestant = entered[name]

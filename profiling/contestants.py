@@ -18,7 +18,7 @@ from reco_fast.model import build_encoder
 from reco_fast.optim import build_optimizer
 from reco_fast.pipelines.sources import open_source
 from reco_fast.profiling.naive import NaiveReCo
-from reco_fast.state import build_state, pick_precision, pick_winograd
+from reco_fast.state import build_state, pick_precision, pick_winograd, runs_captured
 from reco_fast.step import draw, scheduled, train_step
 
 CLASSES = 100
@@ -81,7 +81,7 @@ def supervised(config: Config, device: torch.device) -> Contestant:
     compiled = config.train.compile if config.train.compile is not None else device.type == "cuda"
     run: Callable[..., Any] = torch.compile(model) if compiled else model
     labels = torch.randint(CLASSES, (config.train.batch_size,), device=device)
-    graphed = Graphed(CudaBackend()) if config.train.cuda_graph else None
+    graphed = Graphed(CudaBackend()) if runs_captured(config, device) else None
 
     def step(view: Tensor) -> Tensor:
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
@@ -101,10 +101,10 @@ def supervised(config: Config, device: torch.device) -> Contestant:
 
 
 def launched(
-    make: Callable[[Config, torch.device], Contestant], config: Config, device: torch.device, *, captured: bool
+    make: Callable[[Config, torch.device], Contestant], config: Config, device: torch.device, *, compiled: bool
 ) -> Contestant:
-    """A contestant compiled and captured as a CUDA graph, or eager."""
-    return make(replace(config, train=replace(config.train, compile=captured, cuda_graph=captured)), device)
+    """A contestant whose kernels the host launches one by one."""
+    return make(replace(config, train=replace(config.train, compile=compiled, cuda_graph=False)), device)
 
 
 def lightly(config: Config, device: torch.device, *, autocast: bool) -> Contestant:

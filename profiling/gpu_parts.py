@@ -56,7 +56,7 @@ def parts(output: Path, images: Path | None, photographs: Path | None, tiny: boo
     preset, val = ("cifar10", ["--data.val-path", images / "test"]) if images else ("quickstart", [])
     data = ["--data.path", images / "train"] if images else []
     fused = ["--loss.impl", "triton" if on_gpu else "auto"]
-    captured, only = (["--train.cuda-graph"], ["--only", "triton"]) if on_gpu else ([], [])
+    only = ["--only", "triton"] if on_gpu else []
     found: dict[str, Part] = {}
 
     accuracy = [sys.executable, "tests/accuracy.py", "--output", str(output / "accuracy.jsonl")]
@@ -71,7 +71,7 @@ def parts(output: Path, images: Path | None, photographs: Path | None, tiny: boo
         short = [*data, *val, *fused, "--train.max-steps", 60, "--eval.every", 1000, "--data.loader", loader]
         commands = [
             train(f"train-{loader}", preset, *short, "--data.workers", 4),
-            train(f"train-{loader}-captured", preset, *short, "--data.workers", 4, *captured),
+            train(f"train-{loader}-launched", preset, *short, "--data.workers", 4, "--train.no-cuda-graph"),
         ]
         found[f"train-{loader}"] = Part(200, commands, "check")
 
@@ -85,7 +85,7 @@ def parts(output: Path, images: Path | None, photographs: Path | None, tiny: boo
     found["tiles"] = Part(300, kernels("tiles", "--tiles", *only, *large), "benchmark")
 
     rest = [*data, *fused, "--eval.every", 1000, "--run.log-every", 50]
-    found["run-captured"] = Part(60, [train("run-captured", preset, *rest, "--train.max-steps", 400, *captured)])
+    found["run"] = Part(60, [train("run", preset, *rest, "--train.max-steps", 400)])
     commands = [train("profile", preset, *rest, "--profile.enabled", "--train.max-steps", 200)]
     found["profile"] = Part(75, [*commands, module("profiling.report", output / "profile")])
     # A process of its own: in float32 it may not fit beside another.
@@ -96,10 +96,12 @@ def parts(output: Path, images: Path | None, photographs: Path | None, tiny: boo
         if folder is not None:
             given = ["--data.path", folder, "--image-size", size, "--batch-size", batch, "--rounds", 2]
             given += ["--warmup", 30 if size == 32 else 8, "--batches", 30 if size == 32 else 12]
-            found[name] = Part(60, [module("profiling.loader_benchmark", *given)])
+            found[name] = Part(120, [module("profiling.loader_benchmark", *given)])
     if photographs is not None:
-        given = ["--data.path", photographs, *fused, "--train.batch-size", 256, "--train.max-steps", 60]
-        commands = [train("profile-224", "imagenet100", *given, "--profile.enabled", "--eval.every", 1000)]
+        given = ["--data.path", photographs, *fused, "--train.batch-size", 256, "--eval.every", 1000]
+        given += ["--run.log-every", 10, "--train.max-steps"]
+        found["run-224"] = Part(90, [train("run-224", "imagenet100", *given, 80)])
+        commands = [train("profile-224", "imagenet100", *given, 30, "--profile.enabled")]
         found["profile-224"] = Part(120, [*commands, module("profiling.report", output / "profile-224")])
     if importlib.util.find_spec("lightly") and images:
         found["lightly"] = Part(120, [step("lightly", *resnet18, *data, "--against", "lightly", *rounds18)])

@@ -29,7 +29,7 @@ from reco_fast.config import ConfigError
 from reco_fast.data import available_cores
 from reco_fast.json_files import write_json, write_text
 from reco_fast.profiling.benchmark import DEFAULT as STEP
-from reco_fast.profiling.benchmark import StepOptions, device_name, take_turn
+from reco_fast.profiling.benchmark import StepOptions, device_name, take_turn, warmup_steps
 from reco_fast.profiling.contestants import trainer
 from reco_fast.run_folder import environment
 from reco_fast.state import pick_device, pick_precision
@@ -70,7 +70,7 @@ def measure(growth: Growth) -> dict[str, Any] | None:
     device = pick_device(config.train.device)
     with distributed.process_group(device):
         contestant = trainer(config, device)
-        for _ in range(growth.warmup):
+        for _ in range(warmup_steps(growth.warmup, device)):
             contestant.train(contestant.views)
         turns = [
             take_turn(lambda: contestant.train(contestant.views), growth.steps, device) for _ in range(growth.rounds)

@@ -37,17 +37,19 @@ class Verdict(NamedTuple):
     advice: str
 
 
-def judge(found: Breakdown, config: Config, *, has_dali: bool = True) -> Verdict:
-    """What bounds the step, and the setting to try on a machine with or without DALI.
+def judge(found: Breakdown, config: Config, *, has_dali: bool = True, ranks: int = 1) -> Verdict:
+    """What bounds the step of each rank, and the setting to try on a machine with or without DALI.
 
     The first that holds of: waiting for data, waiting for other ranks, a device (or operators) idle while the host
     works, then the kind of work that fills most of the time.
     """
     waited = found.share("data_wait")
     idle = 1 - found.busy
-    # On a GPU the host may wait for data while the device still works: only what leaves it idle costs time.
+    # On a GPU the host may wait for data while the device still works: only what leaves it idle costs time. Where the
+    # host is late with everything, the time in which it fetches a batch is a part of that.
     lost = min(waited, idle) if found.device == "GPU" else waited
-    if lost > MATTERS:
+    late = found.device == "GPU" and idle - lost > max(lost, 2 * MATTERS)
+    if lost > MATTERS and not late:
         return Verdict(
             "data", f"{lost:.0%} of the step passes in waiting for the next batch", _data_advice(config, has_dali)
         )
@@ -63,7 +65,7 @@ def judge(found: Breakdown, config: Config, *, has_dali: bool = True) -> Verdict
             "launch",
             f"in {idle - lost:.0%} of the step {what} while the host is busy with Python and with starting "
             f"{found.operators_per_step:.0f} of them a step",
-            _launch_advice(found, config),
+            _launch_advice(found, config, ranks),
         )
     if found.matrix > MOSTLY:
         reason = f"{found.matrix:.0%} of the time of operators is convolutions and matrix products"
@@ -91,9 +93,11 @@ def _communication_advice(config: Config) -> str:
     return "--train.batch-size: a larger one, since gradients are exchanged once a step"
 
 
-def _launch_advice(found: Breakdown, config: Config) -> str:
+def _launch_advice(found: Breakdown, config: Config, ranks: int) -> str:
     if not _compiled(found, config):
         return "--train.compile: fewer and larger operators"
+    if found.device == "GPU" and config.train.cuda_graph is None and ranks == 1:
+        return "--profile.enabled only to look: without it a step is one CUDA graph, and one launch"
     return "--train.batch-size: a larger one gives each operator more to do"
 
 
@@ -132,14 +136,14 @@ def training_lines(run: Path) -> list[dict[str, Any]]:
     return train
 
 
-def had_dali(run: Path) -> bool:
-    """Whether DALI was installed where the run trained; yes if nobody noted it."""
+def surroundings(run: Path) -> tuple[bool, int]:
+    """Whether DALI was installed where the run trained, and its ranks; yes and 1 if nobody noted it."""
     path = run / "environment.json"
     noted = read_json(path) if path.exists() else None
-    packages = noted.get("packages") if isinstance(noted, dict) else None
-    if not isinstance(packages, dict):
-        return True
-    return any(packages[name] for name in packages if name.startswith("nvidia-dali"))
+    noted = noted if isinstance(noted, dict) else {}
+    packages, ranks = noted.get("packages"), noted.get("ranks")
+    has_dali = not isinstance(packages, dict) or any(packages[n] for n in packages if n.startswith("nvidia-dali"))
+    return has_dali, ranks if isinstance(ranks, int) else 1
 
 
 def page(run: Path, found: Breakdown, logged: list[dict[str, Any]], config: Config, verdict: Verdict) -> str:
@@ -224,7 +228,8 @@ def report(command: ReportCommand) -> int:
     run = command.run_dir
     found = read_trace(newest_trace(run))
     config, logged = read_config(run), training_lines(run)
-    verdict = judge(found, config, has_dali=had_dali(run))
+    has_dali, ranks = surroundings(run)
+    verdict = judge(found, config, has_dali=has_dali, ranks=ranks)
     text = page(run, found, logged, config, verdict)
     print(text, end="")
     write_text(run / "profile.txt", text)

@@ -96,13 +96,15 @@ def _flags(kind: Any, prefix: str = "") -> set[str]:
 
 def _without_tristate(argv: Sequence[str]) -> list[str]:
     """`--train.compile` and `--train.no-compile` as flags, though the field has a third state, "not said"."""
+    on = {f"--train.{name}": f"--train.no-{name}" for name in ("compile", "cuda-graph")}
+    off = {no: flag for flag, no in on.items()}
     arguments = []
     for index, argument in enumerate(argv):
         following = argv[index + 1] if index + 1 < len(argv) else ""
-        if argument == "--train.compile" and following not in ("True", "False", "None"):
-            arguments += ["--train.compile", "True"]
-        elif argument == "--train.no-compile":
-            arguments += ["--train.compile", "False"]
+        if argument in on and following not in ("True", "False", "None"):
+            arguments += [argument, "True"]
+        elif argument in off:
+            arguments += [off[argument], "False"]
         else:
             arguments.append(argument)
     return arguments

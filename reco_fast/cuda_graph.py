@@ -1,11 +1,15 @@
 """A function of tensors captured as a CUDA graph: one launch by the host in place of thousands."""
 
+import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from reco_fast.config import ConfigError
 
 WARMUP = 3  # ordinary calls first: they compile, tune and allocate, none of which may happen in a capture
 
@@ -17,6 +21,9 @@ class Backend(Protocol):
 
     def warm_up(self, work: Work) -> Tensor:
         """Run `work`, in a way that a later capture will not be disturbed by."""
+
+    def rehearse(self, work: Work) -> tuple[Tensor, str | None]:
+        """Run `work`, and say where in it the host waits for the device: no capture survives that."""
 
     def capture(self, work: Work) -> Work:
         """Record `work` without effect; what it returns runs the record, and gives the same tensor each time."""
@@ -34,6 +41,18 @@ class CudaBackend:
             result = work()
         torch.cuda.current_stream().wait_stream(self._stream)
         return result
+
+    def rehearse(self, work: Work) -> tuple[Tensor, str | None]:
+        mode = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                result = self.warm_up(work)
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+        waits = [f"{w.filename}:{w.lineno}" for w in seen if "synchronizing CUDA operation" in str(w.message)]
+        return result, waits[0] if waits else None
 
     def capture(self, work: Work) -> Work:
         graph = torch.cuda.CUDAGraph()
@@ -54,16 +73,23 @@ class Graphed:
 
     So the function may depend on what is in its tensors and in others that stay where they are (weights, banks, the
     learning rate), and on no Python value that changes from call to call. Its result is overwritten by the next call.
+
+    A function that makes the host wait for the device is not captured but called as it is: a line on stderr says so.
+    With `insist`, that is a ConfigError.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, *, insist: bool = False) -> None:
         self._backend = backend
+        self._insist = insist
         self._buffers: Any = None
         self._calls = 0
+        self._capturable = True
         self._replay: Work | None = None
 
     def __call__(self, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
         """`function(*inputs)`. `inputs` are tensors, in containers or not, of the same shapes at each call."""
+        if not self._capturable:
+            return function(*inputs)
         if self._buffers is None:
             self._buffers = pytree.tree_map_only(Tensor, torch.clone, inputs)
         else:
@@ -71,8 +97,20 @@ class Graphed:
                 if isinstance(buffer, Tensor):
                     buffer.copy_(given, non_blocking=True)
         self._calls += 1
-        if self._calls <= WARMUP:
+        if self._calls < WARMUP:
             return self._backend.warm_up(lambda: function(*self._buffers))
+        if self._calls == WARMUP:
+            result, where = self._backend.rehearse(lambda: function(*self._buffers))
+            if where is not None:
+                self._give_up(where)
+            return result
         if self._replay is None:
             self._replay = self._backend.capture(lambda: function(*self._buffers))
         return self._replay()
+
+    def _give_up(self, where: str) -> None:
+        if self._insist:
+            raise ConfigError(f"--train.cuda-graph: expected a step that never waits for the GPU; it does in {where}")
+        print(f"no CUDA graph: the step waits for the GPU in {where}", file=sys.stderr)
+        self._capturable = False
+        self._buffers = None

@@ -43,7 +43,7 @@ class TrainState:
     relation_weight: Tensor
     """Of the step under way: a factor of both relations' weights, 0-d float32 on the device."""
     graphed: Graphed | None = None
-    """Runs the step from a CUDA graph, where the run asks for it."""
+    """Runs the step from a CUDA graph, where the run does."""
     step: int = 0
 
     def autocast(self) -> torch.autocast:
@@ -107,7 +107,7 @@ def build_state(config: Config, device: torch.device) -> TrainState:
         device=device,
         precision=precision,
         relation_weight=torch.ones((), device=device),
-        graphed=Graphed(CudaBackend()) if config.train.cuda_graph else None,
+        graphed=Graphed(CudaBackend(), insist=bool(config.train.cuda_graph)) if runs_captured(config, device) else None,
     )
 
 
@@ -115,16 +115,28 @@ def check_device(config: Config, device: torch.device) -> None:
     """Raises ConfigError for what needs a GPU, or one process, where it is not so."""
     if config.optim.name.startswith("apex") and device.type != "cuda":
         raise ConfigError(f"--optim.name: expected sgd or lars on {device.type}, got {config.optim.name}")
-    if not config.train.cuda_graph:
-        return
+    hindrance = _hindrance_to_capture(config, device)
+    if config.train.cuda_graph and hindrance:
+        raise ConfigError(f"--train.cuda-graph: expected {hindrance}")
+
+
+def runs_captured(config: Config, device: torch.device) -> bool:
+    """Whether the step is captured as a CUDA graph: where it can be, unless the run says."""
+    if config.train.cuda_graph is not None:
+        return config.train.cuda_graph
+    return _hindrance_to_capture(config, device) is None
+
+
+def _hindrance_to_capture(config: Config, device: torch.device) -> str | None:
     if device.type != "cuda":
-        raise ConfigError(f"--train.cuda-graph: expected a CUDA device, got {device.type}")
+        return f"a CUDA device, got {device.type}"
     if distributed.world_size() > 1:
-        raise ConfigError(f"--train.cuda-graph: expected one rank, got {distributed.world_size()}")
+        return f"one rank, got {distributed.world_size()}"
     if config.optim.name == "apex-sgd":
-        raise ConfigError(
-            "--train.cuda-graph: expected another --optim.name than apex-sgd, which takes its rate from the host"
-        )
+        return "another --optim.name than apex-sgd, which takes its rate from the host"
+    if config.profile.enabled:
+        return "no --profile.enabled: a replayed graph has no named ranges"
+    return None
 
 
 def pick_device(name: str, flag: str = "--train.device") -> torch.device:

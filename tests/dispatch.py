@@ -42,6 +42,7 @@ class Tape(TorchDispatchMode):
         super().__init__()
         self.operators: list[tuple[Any, Any, Any, Any]] = []
         self.replays = 0
+        self.waits_in: str | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -50,6 +51,9 @@ class Tape(TorchDispatchMode):
 
     def warm_up(self, work: Callable[[], Tensor]) -> Tensor:
         return work()
+
+    def rehearse(self, work: Callable[[], Tensor]) -> tuple[Tensor, str | None]:
+        return work(), self.waits_in
 
     def capture(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
         recorded: list[Tensor] = []

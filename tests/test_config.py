@@ -29,9 +29,11 @@ def test_quickstart_is_the_default_preset() -> None:
     )
 
 
-@pytest.mark.parametrize(("flags", "value"), [([], None), (["--train.compile"], True), (["--train.no-compile"], False)])
-def test_compile_is_on_off_or_not_said(flags: list[str], value: bool | None) -> None:
-    assert parse(["cifar10", *flags])[1].train.compile is value
+@pytest.mark.parametrize("name", ["compile", "cuda-graph"])
+@pytest.mark.parametrize(("prefix", "value"), [(None, None), ("--train.", True), ("--train.no-", False)])
+def test_what_depends_on_the_device_is_on_off_or_not_said(name: str, prefix: str | None, value: bool | None) -> None:
+    config = parse(["cifar10", *([] if prefix is None else [prefix + name, "--train.epochs", "3"])])[1]
+    assert getattr(config.train, name.replace("-", "_")) is value
 
 
 @pytest.mark.parametrize(
@@ -77,6 +79,7 @@ def test_help_shows_what_to_expect(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "--data.path" in shown
     assert "--train.no-compile" in shown
+    assert "--train.no-cuda-graph" in shown
 
 
 def test_sections_check_themselves() -> None:

@@ -12,11 +12,20 @@ from dispatch import Tape
 from loading import both_loaders, training
 from torch import Tensor, nn
 
-from reco_fast.config import Config, ConfigError, DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from reco_fast.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    ProfileConfig,
+    TrainConfig,
+)
 from reco_fast.cuda_graph import WARMUP, CudaBackend, Graphed
 from reco_fast.pipelines.augmentations import reco_recipe
 from reco_fast.pipelines.sources import open_source
-from reco_fast.state import TrainState, build_state, check_device
+from reco_fast.state import TrainState, build_state, check_device, runs_captured
 from reco_fast.step import draw, scheduled, train_step
 
 CPU = torch.device("cpu")
@@ -137,14 +146,40 @@ def test_inputs_are_copied_into_buffers_of_the_same_layout_that_stay() -> None:
         ({}, 1, "cpu", "--train.cuda-graph: expected a CUDA device, got cpu"),
         ({}, 2, "cuda", "--train.cuda-graph: expected one rank, got 2"),
         ({"optim": OptimConfig(name="apex-sgd")}, 1, "cuda", "--train.cuda-graph: expected another --optim.name"),
+        ({"profile": ProfileConfig(enabled=True)}, 1, "cuda", "--train.cuda-graph: expected no --profile.enabled"),
     ],
 )
-def test_where_it_cannot_work_one_line_says_so(
+def test_where_it_cannot_work_one_line_says_so_if_it_was_asked_for(
     monkeypatch: pytest.MonkeyPatch, change: dict[str, object], ranks: int, device: str, message: str
 ) -> None:
     monkeypatch.setattr("reco_fast.distributed.world_size", lambda: ranks)
     with pytest.raises(ConfigError, match=message):
         check_device(dataclasses.replace(config(cuda_graph=True), **change), torch.device(device))
+    for unasked in (None, False):
+        given = dataclasses.replace(config(cuda_graph=unasked), **change)
+        assert not runs_captured(given, torch.device(device))
+        if given.optim.name == "sgd":  # Apex has a check of its own
+            check_device(given, torch.device(device))
+
+
+@pytest.mark.parametrize(("said", "captured"), [(None, True), (True, True), (False, False)])
+def test_one_gpu_runs_a_graph_unless_told_not_to(said: bool | None, captured: bool) -> None:
+    assert runs_captured(config(cuda_graph=said), torch.device("cuda")) is captured
+
+
+def test_a_step_in_which_the_host_waits_stays_as_it_is_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    given = config(precision="fp32")
+    tape = Tape()
+    tape.waits_in = "backbone.py:7"
+    plain, plain_metrics = run(given, CPU, None)
+    state, metrics = run(given, CPU, Graphed(tape))
+    assert tape.replays == 0
+    assert torch.equal(plain_metrics, metrics)
+    expected = tensors(plain)
+    assert all(torch.equal(value, expected[name]) for name, value in tensors(state).items())
+    assert capsys.readouterr().err == "no CUDA graph: the step waits for the GPU in backbone.py:7\n"
+    with pytest.raises(ConfigError, match=r"^--train\.cuda-graph: .* backbone\.py:7$"):
+        run(given, CPU, Graphed(tape, insist=True))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -164,6 +199,26 @@ def test_a_captured_step_is_the_ordinary_one_and_its_replay_waits_for_nothing(pr
     _, plain = run(given, device, None)
     _, captured = run(given, device, Graphed(CudaBackend()), around=no_waiting_in_replays)
     torch.testing.assert_close(captured, plain, rtol=0.02, atol=0.02)  # some of cuDNN's sums have no fixed order
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("waits", [lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: x.cpu()])
+def test_where_the_host_waits_for_a_gpu_is_found_before_a_capture(
+    waits: Callable[[Tensor], object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(x: Tensor) -> Tensor:
+        x = torch.nn.functional.dropout(x)
+        waits(x)
+        return 2 * x
+
+    graphed = Graphed(CudaBackend())
+    torch.cuda.set_sync_debug_mode("default")
+    for _ in range(WARMUP + 3):
+        given = torch.randn(5, device="cuda")
+        result = graphed(work, given)
+        assert ((result == 0) | (result == 4 * given)).all()
+    assert f"{__file__}:" in capsys.readouterr().err
+    assert torch.cuda.get_sync_debug_mode() == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -42,7 +42,15 @@ CPU, GPU = cpu_trace, gpu_trace
         (GPU(3, wait=60, kernels={GEMM: 40}, period=100, host=100), config(), "data", "images stored smaller"),
         # The host waits for data most of its time, but it is ahead of a device that never idles.
         (GPU(3, wait=60, kernels={GEMM: 99}, period=100, host=100), config(), "compute", "more ranks"),
-        (GPU(3, wait=0, kernels={GEMM: 40}, period=100, host=100), config(), "launch", "--train.batch-size"),
+        (GPU(3, wait=0, kernels={GEMM: 40}, period=100, host=100), config(), "launch", "--profile.enabled only"),
+        (
+            GPU(3, wait=0, kernels={GEMM: 40}, period=100, host=100),
+            config(train=TrainConfig(cuda_graph=False)),
+            "launch",
+            "--train.batch-size",
+        ),
+        # The host is late with everything, with the next batch as well.
+        (GPU(3, wait=20, kernels={GEMM: 25}, period=100, host=100), config(), "launch", "--profile.enabled only"),
         (GPU(3, wait=0, kernels={GEMM: 60, NCCL: 40}, period=100, host=9), config(), "communication", "batch-size"),
         (GPU(3, wait=0, kernels={GEMM: 30, RELU: 69}, period=100, host=9), config(), "memory", "--data.image-size"),
     ],
@@ -53,6 +61,13 @@ def test_the_bound_and_the_setting(
     verdict = report.judge(read_trace(write(tmp_path, events)), given)
     assert verdict.bound == bound
     assert advice in verdict.advice
+
+
+def test_what_is_late_on_several_gpus_takes_larger_batches(tmp_path: Path) -> None:
+    trace = read_trace(write(tmp_path, GPU(3, wait=0, kernels={GEMM: 40}, period=100, host=100)))
+    (tmp_path / "environment.json").write_text('{"ranks": 2}')
+    assert report.surroundings(tmp_path) == (True, 2)
+    assert "--train.batch-size" in report.judge(trace, config(), ranks=2).advice
 
 
 def test_every_advice_is_a_setting_that_exists(tmp_path: Path) -> None:
