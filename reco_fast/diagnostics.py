@@ -48,7 +48,12 @@ def rank_me(rows: Tensor) -> float:
     gram = (rows.T @ rows if len(rows) > rows.shape[1] else rows @ rows.T).cpu()
     if not gram.isfinite().all() or not gram.any():
         return 1.0
-    singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more meet at each column, and wait there for those whose core a loader's thread has
+    try:
+        singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    finally:
+        torch.set_num_threads(threads)
     share = singular / singular.sum() + 1e-7
     return (-(share * share.log()).sum()).exp().item()
 

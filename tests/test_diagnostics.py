@@ -34,6 +34,18 @@ def test_rank_counts_dimensions() -> None:
     assert rank_me(torch.full((9, 4), math.inf)) == 1
 
 
+def test_singular_values_are_found_on_one_thread_and_the_others_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    eigvalsh, seen = torch.linalg.eigvalsh, []
+    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda gram: seen.append(torch.get_num_threads()) or eigvalsh(gram))
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        rank_me(torch.randn(9, 4))
+        assert (seen, torch.get_num_threads()) == ([1], 3)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_spread_tells_the_sphere_from_a_point() -> None:
     generator = torch.Generator().manual_seed(0)
     sphere = torch.randn(3000, 32, generator=generator)
