@@ -75,7 +75,7 @@ class Graphed:
     learning rate), and on no Python value that changes from call to call. Its result is overwritten by the next call.
 
     A function that makes the host wait for the device is not captured but called as it is: a line on stderr says so.
-    With `insist`, that is a ConfigError.
+    With `insist`, that is a ConfigError; a capture that fails for another reason always is.
     """
 
     def __init__(self, backend: Backend, *, insist: bool = False) -> None:
@@ -105,8 +105,22 @@ class Graphed:
                 self._give_up(where)
             return result
         if self._replay is None:
-            self._replay = self._backend.capture(lambda: function(*self._buffers))
+            self._replay = self._capture(lambda: function(*self._buffers))
         return self._replay()
+
+    def _capture(self, work: Work) -> Work:
+        try:
+            return self._backend.capture(work)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            cause: BaseException = error
+            while cause.__context__ is not None:  # what broke the capture, not what it was broken for
+                cause = cause.__context__
+            raise ConfigError(
+                f"--train.cuda-graph: expected a step that CUDA can capture, got: {(str(cause).splitlines() or [''])[0]}; "
+                "--train.no-cuda-graph goes without"
+            ) from error
 
     def _give_up(self, where: str) -> None:
         if self._insist:

@@ -69,6 +69,10 @@ def run(
         with around(step):
             draws = draw(step, rows, config, device)
             metrics.append(train_step(state, config, given, draws, scheduled(step, STEPS, config)).clone())
+        if step == WARMUP + 1:
+            with torch.inference_mode():  # as an evaluation does between two replays
+                state.student.backbone.eval()(given[0].float())
+            state.student.backbone.train()
     return state, torch.stack(metrics)
 
 
@@ -180,6 +184,21 @@ def test_a_step_in_which_the_host_waits_stays_as_it_is_and_says_so(capsys: pytes
     assert capsys.readouterr().err == "no CUDA graph: the step waits for the GPU in backbone.py:7\n"
     with pytest.raises(ConfigError, match=r"^--train\.cuda-graph: .* backbone\.py:7$"):
         run(given, CPU, Graphed(tape, insist=True))
+
+
+def test_a_capture_that_fails_is_one_line() -> None:
+    class Broken(Tape):
+        def capture(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+            try:
+                raise RuntimeError("operation not permitted when stream is capturing\nCompile with ...")
+            finally:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+    with pytest.raises(
+        ConfigError, match=r"got: operation not permitted .* capturing; --train\.no-cuda-graph goes"
+    ) as it:
+        run(config(precision="fp32"), CPU, Graphed(Broken()))
+    assert "\n" not in str(it.value)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
