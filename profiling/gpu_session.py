@@ -8,8 +8,8 @@ time (`machine.py`); then each of the rest has the machine to itself, in the ord
 with a limit of seconds together. Its output is in `DIR/NAME.log`, how it ended in `DIR/session.json`; one that fails or
 runs out of time keeps no other from running, and one that no longer fits in the budget is left out and named. After
 each part all results are packed again as one file, `DIR.tar.gz`, so that a session cut short leaves what it has seen.
-Ends with 1 where a part failed or was left out. `--tiny` rehearses the parts with small models and few steps, on any
-machine. RECO_FAST_COMMIT says what was checked out, where git cannot.
+Ends with 1 where a part failed or was left out. `--tiny` rehearses the parts with small models, few steps and few
+images, on any machine. RECO_FAST_COMMIT says what was checked out, where git cannot.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from typing import IO, Any
 
 import torch
 
+from reco_fast.data import available_cores
 from reco_fast.json_files import write_json
 from reco_fast.profiling.gpu_parts import Part, parts
 from reco_fast.profiling.machine import LOCK, Machine
@@ -50,6 +51,7 @@ class Session:
         self.deadline = time.monotonic() + budget
         self._path = output / "session.json"
         self._machine = output / "machine.lock"
+        self._cores = available_cores()
         self._running: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.Lock()
         output.mkdir(parents=True, exist_ok=True)
@@ -62,7 +64,7 @@ class Session:
         """Whether all are done."""
         together = {name: part for name, part in chosen.items() if part.kind != "alone"}
         with self._nothing_left_running():
-            with ThreadPoolExecutor(max(1, len(together))) as pool:
+            with ThreadPoolExecutor(min(max(1, len(together)), max(2, self._cores))) as pool:
                 list(pool.map(self._one, together, together.values()))
             for name, part in chosen.items():
                 if part.kind == "alone":
@@ -108,7 +110,8 @@ class Session:
             assert machine.file is not None
             shared = machine.file.fileno()
             # Compilers side by side would each take all cores.
-            together = {"TORCHINDUCTOR_COMPILE_THREADS": "4", "OMP_NUM_THREADS": "2"} if kind != "alone" else {}
+            threads = {"TORCHINDUCTOR_COMPILE_THREADS": "4", "OMP_NUM_THREADS": str(min(2, max(1, self._cores // 4)))}
+            together = threads if kind != "alone" else {}
             own = {LOCK: str(shared)} if kind == "benchmark" else {}
             process = subprocess.Popen(
                 command,
@@ -182,6 +185,17 @@ def pack(output: Path) -> Path:
     return packed
 
 
+def few(images: Path, folder: Path, each: int = 32) -> Path:
+    """`folder` with links to the first images of each class of `images`, train/ and test/: an evaluation reads all."""
+    for label in (path for split in ("train", "test") for path in sorted((images / split).iterdir()) if path.is_dir()):
+        here = folder / label.parent.name / label.name
+        here.mkdir(parents=True, exist_ok=True)
+        for path in sorted(label.iterdir())[:each]:
+            with contextlib.suppress(FileExistsError):
+                (here / path.name).symlink_to(path)
+    return folder
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
@@ -193,6 +207,8 @@ def main() -> int:
     arguments = parser.parse_args()
     images, photographs = (path and path.resolve() for path in (arguments.images, arguments.photographs))
     output = arguments.output.resolve()
+    if images is not None and arguments.tiny:
+        images = few(images, output / "few-images")
     known = parts(output, images, photographs, arguments.tiny)
     unknown = sorted(set(arguments.only or ()) - set(known))
     if unknown:

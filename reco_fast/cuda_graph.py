@@ -117,8 +117,9 @@ class Graphed:
             cause: BaseException = error
             while cause.__context__ is not None:  # what broke the capture, not what it was broken for
                 cause = cause.__context__
+            said, *_ = str(cause).splitlines() or [""]
             raise ConfigError(
-                f"--train.cuda-graph: expected a step that CUDA can capture, got: {(str(cause).splitlines() or [''])[0]}; "
+                f"--train.cuda-graph: expected a step that CUDA can capture, got: {said}; "
                 "--train.no-cuda-graph goes without"
             ) from error
 

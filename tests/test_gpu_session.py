@@ -147,6 +147,18 @@ def test_a_session_that_is_cut_leaves_what_was_done(tmp_path: Path, by: int) -> 
         os.kill(started, signal.SIGKILL)
 
 
+def test_a_rehearsal_takes_few_images(tmp_path: Path) -> None:
+    for number in range(5):
+        for folder in ("train/cat", "train/dog", "test/cat"):
+            (tmp_path / "images" / folder).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "images" / folder / f"{number}.jpg").write_text(folder)
+    for _ in range(2):  # the second time over the first's
+        chosen = gpu_session.few(tmp_path / "images", tmp_path / "few", each=2)
+    found = sorted(path.relative_to(chosen).as_posix() for path in chosen.rglob("*.jpg"))
+    assert found == [f"{folder}/{n}.jpg" for folder in ("test/cat", "train/cat", "train/dog") for n in range(2)]
+    assert (chosen / "train/dog/1.jpg").read_text() == "train/dog"
+
+
 @pytest.mark.parametrize("tiny", [False, True])
 def test_every_command_line_is_understood(tmp_path: Path, tiny: bool) -> None:
     known = parts(tmp_path, tmp_path / "cifar", tmp_path / "photographs", tiny)
