@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dispatch import Tape
+from dispatch import Recorder, Tape
 from loading import both_loaders, training
 from torch import Tensor, nn
 
@@ -126,6 +126,26 @@ def test_a_number_that_python_puts_into_the_step_is_noticed(monkeypatch: pytest.
     _, taped = run(given, CPU, Graphed(Tape()))
     assert torch.equal(plain[: WARMUP + 2, 0], taped[: WARMUP + 2, 0])  # the next one shows the first wrong rate
     assert not torch.equal(plain[-1, 0], taped[-1, 0])
+
+
+@pytest.mark.parametrize("arch", ["timm/test_resnet", "resnet18"])
+def test_before_a_replay_the_host_only_hands_over_the_batch(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tape, "_run_again", lambda tape: None)
+    given = config(precision="fp32")
+    given = dataclasses.replace(given, model=dataclasses.replace(given.model, arch=arch, key_norm="split"))
+    seen: list[list[str]] = []
+
+    @contextlib.contextmanager
+    def recorded(step: int) -> Iterator[None]:
+        with Recorder() as recorder:
+            yield
+        seen.append(recorder.seen)
+
+    run(given, CPU, Graphed(Tape()), around=recorded)
+    *_, last = seen
+    assert len(seen[0]) > 300
+    assert len(last) <= 13  # of them the copy of the metrics is this test's
+    assert set(last) == {"lift_fresh", "fill_", "copy_", "clone"}  # numpy's draws; rate and weights; views and draws
 
 
 def test_inputs_are_copied_into_buffers_of_the_same_layout_that_stay() -> None:
