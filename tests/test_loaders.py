@@ -115,7 +115,8 @@ def test_the_graph_for_a_gpu_is_accepted_decodes_once_and_reserves_what_the_imag
     """DALI checks operators, arguments and their types as a graph is defined; only to build it takes a GPU."""
     from reco_fast.pipelines import dali_graph as dali
 
-    places = {"image": dali.fn.decoders, "crop_mirror_normalize": dali.fn, "color_space_conversion": dali.fn}
+    names = ("crop_mirror_normalize", "color_space_conversion", "saturation")
+    places = {"image": dali.fn.decoders, **dict.fromkeys(names, dali.fn)}
     given: dict[str, list[dict[str, Any]]] = {name: [] for name in places}
 
     def recorded(name: str, operator: Any) -> Any:
@@ -136,6 +137,9 @@ def test_the_graph_for_a_gpu_is_accepted_decodes_once_and_reserves_what_the_imag
     assert [output.device for output in graph._graph_out] == 3 * ["gpu"]
     assert len(given["image"]) == 1  # no decoder in the second
     assert not given["color_space_conversion"]  # it launches a kernel for each image
+    shares = [options["saturation"] for options in given["saturation"]]  # of two graphs, each with two strong views
+    assert shares.count(0.0) == 4  # for the mean of contrast
+    assert len([share for share in shares if not isinstance(share, float)]) == 4  # of the images that are drawn grey
 
 
 @needs_dali
