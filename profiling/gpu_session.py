@@ -207,6 +207,8 @@ def main() -> int:
     arguments = parser.parse_args()
     images, photographs = (path and path.resolve() for path in (arguments.images, arguments.photographs))
     output = arguments.output.resolve()
+    if images is not None and not all((images / split).is_dir() for split in ("train", "test")):
+        parser.error(f"--data.path: expected a folder with train/ and test/, got {images}")
     if images is not None and arguments.tiny:
         images = few(images, output / "few-images")
     known = parts(output, images, photographs, arguments.tiny)

@@ -221,6 +221,15 @@ def test_a_capture_that_fails_is_one_line() -> None:
     assert "\n" not in str(it.value)
 
 
+def test_a_capture_without_memory_stays_a_matter_of_memory() -> None:
+    class Full(Tape):
+        def capture(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):  # cli.py says what needs less
+        run(config(precision="fp32"), CPU, Graphed(Full()))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

@@ -159,6 +159,19 @@ def test_a_rehearsal_takes_few_images(tmp_path: Path) -> None:
     assert (chosen / "train/dog/1.jpg").read_text() == "train/dog"
 
 
+@pytest.mark.parametrize("tiny", [[], ["--tiny"]])
+def test_images_without_a_split_are_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny: list[str]
+) -> None:
+    (tmp_path / "train").mkdir()
+    given = ["--output", str(tmp_path / "out"), "--budget", "1", "--data.path", str(tmp_path), *tiny]
+    monkeypatch.setattr(sys, "argv", ["gpu_session", *given])
+    with pytest.raises(SystemExit) as stop:
+        gpu_session.main()
+    assert stop.value.code == 2
+    assert f"--data.path: expected a folder with train/ and test/, got {tmp_path}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("tiny", [False, True])
 def test_every_command_line_is_understood(tmp_path: Path, tiny: bool) -> None:
     known = parts(tmp_path, tmp_path / "cifar", tmp_path / "photographs", tiny)
