@@ -3,13 +3,13 @@
     python -m reco_fast.profiling.growth --output DIR [--batches 32 64 128 256] [--banks ...] [--sizes ...]
         [--ranks 1 2] [--model.arch ...] [--train.batch-size ...] ...
 
-The middle of the table is what the flags of the model say; each row changes one number of it. A row is a process (or,
-for ranks, that many) of its own under torchrun, with a batch in memory. Ranks keep the batch of each: the global batch
-grows with them. On a CPU the rows of ranks have as many threads a rank as the largest number of ranks leaves to each:
+The middle of the table is what the flags of the model say; each row changes one number of it. A row is a process of
+its own (for ranks as many, under torchrun) with a batch in memory. Beside a GPU the rows of one rank get ready side by
+side and are timed one at a time (`machine.py`). Ranks keep the batch of each: the global batch grows with them. On a CPU the rows of ranks have as many threads a rank as the largest number of ranks leaves to each:
 on two cores, one rank with one thread against two with one each, and the middle of the table is one rank with two. On
 GPUs each rank has one.
 
-Writes `growth.json`, `growth.md` and `growth.png` to --output, after each row.
+Writes `growth.json` and `growth.md` to --output after each row, and `growth.png` at the end.
 """
 
 import json
@@ -18,6 +18,7 @@ import resource
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from reco_fast.json_files import write_json, write_text
 from reco_fast.profiling.benchmark import DEFAULT as STEP
 from reco_fast.profiling.benchmark import StepOptions, device_name, take_turn, warmup_steps
 from reco_fast.profiling.contestants import trainer
+from reco_fast.profiling.machine import LOCK, Machine
 from reco_fast.run_folder import environment
 from reco_fast.state import pick_device, pick_precision
 
@@ -66,15 +68,18 @@ DEFAULT = Growth(model=STEP.model, train=STEP.train)
 
 def measure(growth: Growth) -> dict[str, Any] | None:
     """Times one configuration, together with the other ranks if there are any; the result on rank 0."""
+    machine = Machine()
     config = growth.config
     device = pick_device(config.train.device)
     with distributed.process_group(device):
         contestant = trainer(config, device)
         for _ in range(warmup_steps(growth.warmup, device)):
             contestant.train(contestant.views)
-        turns = [
-            take_turn(lambda: contestant.train(contestant.views), growth.steps, device) for _ in range(growth.rounds)
-        ]
+        with machine.alone():
+            turns = [
+                take_turn(lambda: contestant.train(contestant.views), growth.steps, device)
+                for _ in range(growth.rounds)
+            ]
         if distributed.rank() != 0:
             return None
         seconds = [turn.seconds_per_step for turn in turns]
@@ -112,17 +117,28 @@ def rows(growth: Growth) -> list[dict[str, int | str]]:
     return found
 
 
-def run_row(row: dict[str, int | str], words: list[str]) -> dict[str, Any]:
-    """The row with its result, or with why there is none, from processes of its own."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(row["ranks"])]
-    command += ["-m", "reco_fast.profiling.growth", *words, "--measure"]
+def run_row(row: dict[str, int | str], words: list[str], beside: int = 0, lock: Path | None = None) -> dict[str, Any]:
+    """The row with its result, or with why there is none, from processes of its own; `beside` so many other rows, with
+    which it shares the machine by `lock`."""
+    command = [sys.executable, "-m", "reco_fast.profiling.growth", *words, "--measure"]
+    if row["ranks"] != 1:
+        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(row["ranks"]), "-m"]
+        command[2:2] = launcher
     for factor in ("batch", "K", "size"):
         command += [FACTORS[factor], str(row[factor])]
-    threads = {"OMP_NUM_THREADS": str(row["threads"])}
-    done = subprocess.run(command, env=os.environ | threads, capture_output=True, text=True, check=False)
-    if done.returncode == 0:
-        return row | json.loads(done.stdout.splitlines()[-1])
-    said = [line for line in done.stderr.splitlines() if "error" in line.lower()] or [f"exit {done.returncode}"]
+    environ = os.environ | {"OMP_NUM_THREADS": str(row["threads"])}
+    if beside:  # compilers that would each take all cores
+        environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(max(1, available_cores() // (1 + beside)))
+    with Machine(lock) as machine:
+        shared = [] if machine.file is None else [machine.file.fileno()]
+        environ |= {LOCK: str(number) for number in shared}
+        process = subprocess.Popen(
+            command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, pass_fds=shared
+        )
+    stdout, stderr = process.communicate()  # the share of the machine is the process's now, and ends with it
+    if process.returncode == 0:
+        return row | json.loads(stdout.splitlines()[-1])
+    said = [line for line in stderr.splitlines() if "error" in line.lower()] or [f"exit {process.returncode}"]
     return row | {"failed": said[0].strip()}
 
 
@@ -180,11 +196,26 @@ def main() -> int:
         return 0
     growth.output.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"environment": environment(), "config": growth.config.to_json(), "rows": []}
-    for row in rows(growth):
-        report["rows"].append(run_row(row, sys.argv[1:]))
+
+    def report_row(number: int, row: dict[str, Any]) -> None:
+        found[number] = row
+        report["rows"] = [found[key] for key in sorted(found)]
         write_json(growth.output / "growth.json", report)
         write_text(growth.output / "growth.md", markdown(report))
-        print(markdown(report).splitlines()[-1], flush=True)
+        print(json.dumps(row), flush=True)
+
+    found: dict[int, dict[str, Any]] = {}
+    planned = dict(enumerate(rows(growth)))
+    together = {} if pick_device(growth.train.device).type == "cpu" else {
+        number: row for number, row in planned.items() if row["ranks"] == 1
+    }
+    with ThreadPoolExecutor(max(1, len(together))) as pool:
+        shared = len(together) - 1, growth.output / "machine.lock"
+        running = {pool.submit(run_row, row, sys.argv[1:], *shared): number for number, row in together.items()}
+        for done in as_completed(running):
+            report_row(running[done], done.result())
+    for number in planned.keys() - together.keys():
+        report_row(number, run_row(planned[number], sys.argv[1:]))
     plot(report, growth.output / "growth.png")
     print(markdown(report), end="")
     return 0

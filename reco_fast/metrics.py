@@ -97,9 +97,9 @@ class Meter:
         return images / seconds, waited / seconds
 
     def _gpu_waited(self) -> float:
-        """Seconds. The GPU is at its last step's end: a step that is logged waits for it."""
-        if self._batches:
-            self._batches[-1].synchronize()
+        """Seconds until the end of the last step, for which the host waits."""
+        if self._ends:
+            self._ends[-1].synchronize()
         return sum(end.elapsed_time(batch) for end, batch in zip(self._ends, self._batches, strict=False)) / 1e3
 
 
@@ -181,15 +181,21 @@ class RunLog:
             self.say(f"step {values['step']}  epoch {values['epoch']:.2f}  {status}  lr {values['lr']:.4f}")
 
     def evaluation(
-        self, step: int, epoch: float, knn_top1: float | None, backbone: Spread, findings: Sequence[Finding] = ()
+        self,
+        step: int,
+        epoch: float,
+        seconds: float,
+        knn_top1: float | None,
+        backbone: Spread,
+        findings: Sequence[Finding] = (),
     ) -> None:
-        """One line of `kind` eval: kNN where there are labels, and how the backbone's features fill their space."""
+        """One line of `kind` eval: after so many `seconds` of training, kNN where there are labels, and how the
+        backbone's features fill their space."""
         if self._directory is None:
             return
         values = {f"backbone_{name}": value for name, value in backbone._asdict().items()}
-        self._write(
-            {"kind": "eval", "step": step, "epoch": epoch, "knn_top1": knn_top1, **values, **self._warn(findings)}
-        )
+        line = {"kind": "eval", "step": step, "epoch": epoch, "seconds": seconds, "knn_top1": knn_top1}
+        self._write({**line, **values, **self._warn(findings)})
         for name, value in values.items():
             self._tensorboard.add_scalar(f"eval/{name}", value, step)
         knn = ""

@@ -223,6 +223,8 @@ def loop(
                 )
             if ended or run.due(state.step, config.eval.every):
                 profiler.finish()
+                meter.read()
+                progress.add(meter)
                 progress.knn_top1 = evaluate(run, state, progress, log)
                 meter.restart()
             late = time.monotonic() - saved_at > 60 * config.run.checkpoint_minutes
@@ -306,7 +308,7 @@ def evaluate(run: Run, state: TrainState, progress: Progress, log: RunLog) -> fl
         options = config.eval
         top1 = knn_top1(features, len(run.labelled.classes), k=options.knn_k, temperature=options.knn_temperature)
         findings = progress.watch.evaluation(top1, len(features.val), config)
-    log.evaluation(state.step, run.epoch(state.step), top1, spread(train), findings)
+    log.evaluation(state.step, run.epoch(state.step), progress.seconds, top1, spread(train), findings)
     return top1
 
 

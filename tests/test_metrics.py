@@ -18,7 +18,7 @@ def test_log_drops_what_came_after_the_checkpoint(tmp_path: Path, capsys: pytest
     values |= {"chance": 2.0, "feature_mean_norm": 0.5, "bank_rank": 12.0}
     collapse = Finding("collapse", "features collapse", new=True)
     with RunLog(tmp_path, total_steps=40, first_step=0) as log:
-        log.evaluation(0, 0.0, 10.0, Spread(0.9, 0.5, 7.0))
+        log.evaluation(0, 0.0, 0.0, 10.0, Spread(0.9, 0.5, 7.0))
         for step in (10, 20, 30):
             log.train({"step": step, "epoch": step / 10} | values, [collapse._replace(new=step == 20)] * (step > 10))
     with open(tmp_path / "metrics.jsonl", "a") as file:
@@ -126,6 +126,19 @@ def test_waiting_for_data_on_a_gpu_is_what_the_gpu_waits(
     rate, waited = meter.read()
     assert waited == pytest.approx(share, abs=0.02)
     assert rate == pytest.approx(1 / max(0.03, 0.06 if share else 0), rel=0.05)
+
+
+def test_a_reading_waits_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or steps that are still under way would cost nothing, before an evaluation."""
+    gpu = Gpu(monkeypatch)
+    meter = Meter(torch.device("cuda"))
+    for _ in range(AHEAD):
+        with meter.waiting():
+            pass
+        gpu.step()
+        meter.add(1)
+    meter.read()
+    assert meter.seconds == pytest.approx(AHEAD * 0.03)
 
 
 def test_what_comes_between_two_steps_that_are_no_training_is_no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:

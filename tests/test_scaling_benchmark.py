@@ -122,14 +122,15 @@ def test_growth_measures_two_ranks_and_says_what_failed(
     every = growth.rows
     monkeypatch.setattr(growth, "rows", lambda given: every(given)[1:])  # each costs processes of its own
     monkeypatch.setattr(growth, "available_cores", lambda: 2)
-    run, started = subprocess.run, []
+    start, started = subprocess.Popen, []
 
     def watched(line: list[str], **options: Any) -> Any:
-        if "--nproc-per-node" in line:
-            started.append((line[line.index("--nproc-per-node") + 1], options["env"].get("OMP_NUM_THREADS")))
-        return run(line, **options)
+        if "--measure" in line:
+            ranks = line[line.index("--nproc-per-node") + 1] if "--nproc-per-node" in line else "1"
+            started.append((ranks, options["env"].get("OMP_NUM_THREADS")))
+        return start(line, **options)
 
-    monkeypatch.setattr(subprocess, "run", watched)
+    monkeypatch.setattr(subprocess, "Popen", watched)
     assert growth.main() == 0
     assert started == [("1", "2"), ("2", "1")]  # ranks, threads of each
     report = json.loads((tmp_path / "growth.json").read_text())
@@ -142,6 +143,44 @@ def test_growth_measures_two_ranks_and_says_what_failed(
     assert failed["failed"] in table
     assert "| 2 × " in table
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_growth_beside_a_gpu_times_one_row_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Rows get ready side by side: each has said so before the first is timed, and no two are timed at once."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(growth, "pick_device", lambda name: torch.device("cuda"))
+    seen = tmp_path / "seen"
+    # What `growth.measure` does with the machine, without a model.
+    program = f"""
+import json, time
+from reco_fast.profiling.machine import Machine
+def note(what):
+    with open({str(seen)!r}, "a") as file:
+        file.write(what + "\\n")
+machine = Machine()
+note("ready")
+time.sleep(0.2)
+with machine.alone():
+    note("from")
+    time.sleep(0.1)
+    note("to")
+print(json.dumps(dict(images_per_second=1, seconds_per_step=[1], peak_mib=1, device="none", precision="none")))
+"""
+    start = subprocess.Popen
+
+    def instead(line: list[str], **options: Any) -> Any:
+        return start([sys.executable, "-c", program], **options) if "--measure" in line else start(line, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", instead)
+    words = "growth --batches 64 256 --banks 1024 --sizes 32 --ranks 1"
+    monkeypatch.setattr(sys, "argv", [*words.split(), "--output", str(tmp_path / "growth")])
+    assert growth.main() == 0
+    lines = seen.read_text().split()
+    assert lines == 5 * ["ready"] + 5 * ["from", "to"]
+    report = json.loads((tmp_path / "growth" / "growth.json").read_text())
+    assert [(row["changed"], row["batch"], row["K"]) for row in report["rows"]] == [
+        ("", 128, 16384), ("batch", 64, 16384), ("batch", 256, 16384), ("K", 128, 1024), ("ranks", 128, 16384)
+    ]  # fmt: skip
 
 
 def test_growth_refuses_a_number_below_one(refused: Callable[..., str]) -> None:

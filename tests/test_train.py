@@ -76,6 +76,19 @@ def test_a_run_leaves_what_the_contract_says(
     assert "Warning" not in shown.err
 
 
+def test_training_is_timed_up_to_each_evaluation(images: Path, tmp_path: Path) -> None:
+    """An evaluation between two log lines costs the count no step, and the clock stands still during it."""
+    options = ["--train.max-steps", 4, "--run.log-every", 100, "--eval.every", 0.3, "--data.val-path", images / "val"]
+    lines = run(images, tmp_path / "run", *options)
+    evaluations, end = [line for line in lines if line["kind"] == "eval"], lines[-1]
+    clock = [line["seconds"] for line in evaluations]
+    assert [line["step"] for line in evaluations] == [0, 2, 3, 4]
+    assert clock[0] == 0
+    assert clock == sorted(set(clock))
+    assert clock[-1] == pytest.approx(end["seconds"], abs=0.01)
+    assert end["images_per_second"] * end["seconds"] == pytest.approx(4 * 16)
+
+
 def test_evaluate_reads_a_run_and_writes_beside_it(
     images: Path,
     tmp_path: Path,
