@@ -5,9 +5,9 @@
 
 The middle of the table is what the flags of the model say; each row changes one number of it. A row is a process of
 its own (for ranks as many, under torchrun) with a batch in memory. Beside a GPU the rows of one rank get ready side by
-side and are timed one at a time (`machine.py`). Ranks keep the batch of each: the global batch grows with them. On a CPU the rows of ranks have as many threads a rank as the largest number of ranks leaves to each:
-on two cores, one rank with one thread against two with one each, and the middle of the table is one rank with two. On
-GPUs each rank has one.
+side and are timed one at a time (`machine.py`). Ranks keep the batch of each: the global batch grows with them. On a
+CPU the rows of ranks have as many threads a rank as the largest number of ranks leaves to each: on two cores, one rank
+with one thread against two with one each, and the middle of the table is one rank with two. On GPUs each rank has one.
 
 Writes `growth.json` and `growth.md` to --output after each row, and `growth.png` at the end.
 """
@@ -131,7 +131,8 @@ def run_row(row: dict[str, int | str], words: list[str], beside: int = 0, lock: 
         environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(max(1, available_cores() // (1 + beside)))
     with Machine(lock) as machine:
         shared = [] if machine.file is None else [machine.file.fileno()]
-        environ |= {LOCK: str(number) for number in shared}
+        if shared:
+            environ[LOCK] = str(shared[0])
         process = subprocess.Popen(
             command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, pass_fds=shared
         )
@@ -206,9 +207,11 @@ def main() -> int:
 
     found: dict[int, dict[str, Any]] = {}
     planned = dict(enumerate(rows(growth)))
-    together = {} if pick_device(growth.train.device).type == "cpu" else {
-        number: row for number, row in planned.items() if row["ranks"] == 1
-    }
+    together = (
+        {}
+        if pick_device(growth.train.device).type == "cpu"
+        else {number: row for number, row in planned.items() if row["ranks"] == 1}
+    )
     with ThreadPoolExecutor(max(1, len(together))) as pool:
         shared = len(together) - 1, growth.output / "machine.lock"
         running = {pool.submit(run_row, row, sys.argv[1:], *shared): number for number, row in together.items()}
