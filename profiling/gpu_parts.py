@@ -106,7 +106,7 @@ def parts(output: Path, images: Path | None, photographs: Path | None, tiny: boo
     if importlib.util.find_spec("lightly") and images:
         found["lightly"] = Part(120, [step("lightly", *resnet18, *data, "--against", "lightly", *rounds18)])
     sizes = ["--model.arch", "resnet18", "--train.batch-size", 512, "--model.bank-size", 65536]
-    larger = ["--batches", 256, 1024, 2048, 4096, "--banks", 4096, 16384, 262144, 1048576, "--sizes", 64, "--ranks", 1]
+    larger = ["--batches", 256, 1024, 2048, 4096, "--banks", 4096, 16384, 262144, 1048576, "--sizes", 32, "--ranks", 1]
     larger += ["--rounds", 5, "--steps", 5]
     found["growth"] = Part(200, [module("profiling.growth", "--output", output / "growth", *sizes, *larger)])
     for objective in ("reco", "moco") if images else ():

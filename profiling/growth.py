@@ -113,7 +113,8 @@ def rows(growth: Growth) -> list[dict[str, int | str]]:
     share = max(1, available_cores() // max(growth.ranks, default=1))
     for ranks in growth.ranks:
         batch = ranks * growth.train.batch_size
-        found.append({**middle, "ranks": ranks, "threads": share, "batch": batch, "changed": "ranks"})
+        row = {**middle, "ranks": ranks, "threads": share, "batch": batch, "changed": "ranks"}
+        found += [row] if row | {"changed": ""} != middle else []
     return found
 
 

@@ -110,6 +110,7 @@ def test_rows_change_one_thing_and_keep_the_batch_of_a_rank() -> None:
             assert row["batch"] == 128 * int(row["ranks"])
             assert int(row["threads"]) * 4 <= max(4, int(middle["threads"]))
     assert [row["changed"] for row in others] == ["batch", "K", "size", "ranks", "ranks", "ranks"]
+    assert growth.rows(dataclasses.replace(given, ranks=(1,))) == [middle, *others[:3]]  # one rank is the middle itself
 
 
 def test_growth_measures_two_ranks_and_says_what_failed(
@@ -176,10 +177,10 @@ print(json.dumps(dict(images_per_second=1, seconds_per_step=[1], peak_mib=1, dev
     monkeypatch.setattr(sys, "argv", [*words.split(), "--output", str(tmp_path / "growth")])
     assert growth.main() == 0
     lines = seen.read_text().split()
-    assert lines == 5 * ["ready"] + 5 * ["from", "to"]
+    assert lines == 4 * ["ready"] + 4 * ["from", "to"]
     report = json.loads((tmp_path / "growth" / "growth.json").read_text())
     assert [(row["changed"], row["batch"], row["K"]) for row in report["rows"]] == [
-        ("", 128, 16384), ("batch", 64, 16384), ("batch", 256, 16384), ("K", 128, 1024), ("ranks", 128, 16384)
+        ("", 128, 16384), ("batch", 64, 16384), ("batch", 256, 16384), ("K", 128, 1024)
     ]  # fmt: skip
 
 
