@@ -1,6 +1,7 @@
 """The recipe by NVIDIA DALI: batches are read ahead, run through `dali_graph`, and mended where an image is bad."""
 
 import ctypes
+import re
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -29,6 +30,7 @@ _READERS = 8  # threads that wait for the file system
 _READ_AHEAD = 3  # batches of encoded images
 _DECODE_AHEAD = 2  # batches in DALI
 _CACHE_BYTES = 512 * 2**20  # a small data set is read and checked once
+_NO_MEMORY = re.compile(r"out of memory|Can't allocate|allocation failed|allocator failure|cudaErrorMemoryAllocation")
 
 
 class DaliLoader(Loader):
@@ -65,9 +67,9 @@ class DaliLoader(Loader):
 
     def __next__(self) -> Batch:
         while not self._ahead.closed:
-            if self._pipeline is None:
-                self._pipeline = self._build()
             try:
+                if self._pipeline is None:
+                    self._pipeline = self._build()
                 outputs = self._run()
             except StopIteration:
                 if not self._again:
@@ -77,6 +79,8 @@ class DaliLoader(Loader):
             except DataError:  # from our own thread
                 raise
             except (RuntimeError, ValueError, IndexError) as error:  # what DALI raises for an image it cannot use
+                if _NO_MEMORY.search(str(error)):  # no image is to blame
+                    raise MemoryError(f"DALI: {error}") from error
                 self._recover(error)
                 continue
             prepared = self._in_flight.popleft()

@@ -36,6 +36,9 @@ from reco_fast.profiling.machine import LOCK, Machine
 from reco_fast.run_folder import environment
 from reco_fast.state import pick_device, pick_precision
 
+BESIDE = 4
+"""Rows that get ready at once beside a GPU. All at once would fill it: each tries convolutions that take memory."""
+
 FACTORS = {"batch": "--train.batch-size", "K": "--model.bank-size", "size": "--data.image-size", "ranks": ""}
 
 
@@ -73,8 +76,15 @@ def measure(growth: Growth) -> dict[str, Any] | None:
     device = pick_device(config.train.device)
     with distributed.process_group(device):
         contestant = trainer(config, device)
-        for _ in range(warmup_steps(growth.warmup, device)):
+        on_gpu = device.type == "cuda"
+        take_turn(lambda: contestant.train(contestant.views), 1, device)  # tries convolutions that take memory
+        if on_gpu:
+            torch.cuda.empty_cache()  # another row gets ready while this one waits
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(warmup_steps(growth.warmup, device) - 1):
             contestant.train(contestant.views)
+        # Before the turns: a CUDA graph's memory can be seen as it is captured.
+        peak = torch.cuda.max_memory_allocated() if on_gpu else 0
         with machine.alone():
             turns = [
                 take_turn(lambda: contestant.train(contestant.views), growth.steps, device)
@@ -83,13 +93,12 @@ def measure(growth: Growth) -> dict[str, Any] | None:
         if distributed.rank() != 0:
             return None
         seconds = [turn.seconds_per_step for turn in turns]
-        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else _resident_bytes()
         return {
             "device": device_name(device),
             "precision": str(pick_precision(config.train.precision, device)).removeprefix("torch."),
             "images_per_second": config.train.batch_size / statistics.median(seconds),
             "seconds_per_step": seconds,
-            "peak_mib": peak / 2**20,
+            "peak_mib": (peak or _resident_bytes()) / 2**20,
         }
 
 
@@ -213,8 +222,8 @@ def main() -> int:
         if pick_device(growth.train.device).type == "cpu"
         else {number: row for number, row in planned.items() if row["ranks"] == 1}
     )
-    with ThreadPoolExecutor(max(1, len(together))) as pool:
-        shared = len(together) - 1, growth.output / "machine.lock"
+    with ThreadPoolExecutor(BESIDE) as pool:
+        shared = min(BESIDE, len(together)) - 1, growth.output / "machine.lock"
         running = {pool.submit(run_row, row, sys.argv[1:], *shared): number for number, row in together.items()}
         for done in as_completed(running):
             report_row(running[done], done.result())

@@ -128,6 +128,37 @@ def test_what_passes_the_check_and_fails_to_decode_is_replaced_too(
         assert loader.bad_images["huffman.jpg"] == "broken data stream when reading image file"
 
 
+NO_MEMORY = (
+    "Critical error in pipeline:\nError in GPU operator `math.mul`,\nCan't allocate 3853 bytes on device 0.",
+    "CUDA runtime API error cudaErrorMemoryAllocation (2):\nout of memory",
+    "Error in GPU operator `decoders__Image`: CUDA allocation failed",
+)
+
+
+@needs_dali
+@pytest.mark.parametrize("said", NO_MEMORY)
+@pytest.mark.parametrize("when", ["_build", "_run"])
+def test_a_gpu_without_memory_is_no_bad_image(
+    when: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is decoded again, and nothing is tried again."""
+    from reco_fast.pipelines.dali import DaliLoader
+
+    calls = []
+
+    def fails(loader: DaliLoader) -> None:
+        calls.append(1)
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(DaliLoader, when, fails)
+    monkeypatch.setattr(DaliLoader, "_by_pillow", lambda *_: pytest.fail("decoded again"))
+    with training("dali", open_source(write_pictures(tmp_path, 8)), tiny(), 4) as loader:
+        with pytest.raises(MemoryError):  # cli.py says what needs less
+            next(loader)
+        assert not loader.bad_images
+    assert calls == [1]
+
+
 def test_fuzzed_files_end_no_process_and_both_loaders_call_the_same_ones_bad(tmp_path: Path) -> None:
     """300 files with a few bytes changed, half of them in the header; in a process of its own, which might die."""
     chosen = random.Random(0)
