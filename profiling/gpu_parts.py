@@ -90,12 +90,11 @@ def parts(output: Path, images: Path | None, photographs: Path | None, tiny: boo
     found["profile"] = Part(75, [*commands, module("profiling.report", output / "profile")])
     # A process of its own: in float32 it may not fit beside another.
     found["plain-resnet50"] = Part(75, [step("plain-resnet50", *resnet50, "--against", "naive", *rounds50)])
-    # So many batches before the clock starts that a small source has been read once and comes decoded.
+    # A class alone: it has been read once, and comes decoded, before the clock starts.
     kinds = ("loader-32", images and images / "train" / "airplane", 32, 512), ("loader-224", photographs, 224, 256)
     for name, folder, size, batch in kinds:
         if folder is not None:
             given = ["--data.path", folder, "--image-size", size, "--batch-size", batch, "--rounds", 2]
-            given += ["--warmup", 30 if size == 32 else 8, "--batches", 30 if size == 32 else 12]
             found[name] = Part(120, [module("profiling.loader_benchmark", *given)])
     if photographs is not None:
         given = ["--data.path", photographs, *fused, "--train.batch-size", 256, "--eval.every", 1000]
@@ -103,8 +102,14 @@ def parts(output: Path, images: Path | None, photographs: Path | None, tiny: boo
         found["run-224"] = Part(90, [train("run-224", "imagenet100", *given, 80)])
         commands = [train("profile-224", "imagenet100", *given, 30, "--profile.enabled")]
         found["profile-224"] = Part(120, [*commands, module("profiling.report", output / "profile-224")])
-    if importlib.util.find_spec("lightly") and images:
-        found["lightly"] = Part(120, [step("lightly", *resnet18, *data, "--against", "lightly", *rounds18)])
+    if importlib.util.find_spec("lightly"):
+        if images:
+            found["lightly"] = Part(120, [step("lightly", *resnet18, *data, "--against", "lightly", *rounds18)])
+        if photographs:  # one round: PyTorch's loaders need as many batches as workers before they are timed
+            given = ["--data.path", photographs, "--rounds", 1, "--steps", 16, "--warmup", 6]
+            found["lightly-224"] = Part(
+                240, [step("lightly-224", *resnet50, *given, "--against", "lightly", "torchvision")]
+            )
     sizes = ["--model.arch", "resnet18", "--train.batch-size", 512, "--model.bank-size", 65536]
     larger = ["--batches", 256, 1024, 2048, 4096, "--banks", 4096, 16384, 262144, 1048576, "--sizes", 32, "--ranks", 1]
     larger += ["--rounds", 5, "--steps", 5]

@@ -116,12 +116,15 @@ def main() -> None:
     parser.add_argument("--data.path", dest="path", type=Path, required=True, help="images, as for training")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--batches", type=int, default=15, help="timed in each round")
-    parser.add_argument("--warmup", type=int, default=6, help="batches before, at least what is made ahead")
+    parser.add_argument("--batches", type=int, help="timed in each round; 15, or as many as workers")
+    parser.add_argument("--warmup", type=int, help="batches before; two for each worker, which are made ahead, and two")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
+    # PyTorch's workers make a batch each, and are done at about the same time.
+    arguments.batches = arguments.batches or max(15, arguments.workers)
+    arguments.warmup = arguments.warmup or 2 * arguments.workers + 2
 
     source = open_source(arguments.path)
     recipe = reco_recipe(arguments.image_size)

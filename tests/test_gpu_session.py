@@ -1,5 +1,6 @@
 """The unattended session: every command line is understood, and nothing that goes wrong ends it or loses a result."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -173,12 +174,14 @@ def test_images_without_a_split_are_refused_in_one_line(
 
 
 @pytest.mark.parametrize("tiny", [False, True])
-def test_every_command_line_is_understood(tmp_path: Path, tiny: bool) -> None:
+def test_every_command_line_is_understood(tmp_path: Path, tiny: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())  # as where all extras are installed
     known = parts(tmp_path, tmp_path / "cifar", tmp_path / "photographs", tiny)
     assert {"kernel-tests", "train-torch", "kernels", "tiles", "step-resnet18", "step-resnet50", "profile"} <= set(
         known
     )
     assert {"plain-resnet50", "loader-32", "loader-224", "profile-224", "growth", "quality-moco"} <= set(known)
+    assert {"lightly", "lightly-224", "loader-tests", "train-dali"} <= set(known)
     for part in known.values():
         for _, word, module, *arguments in part.commands:
             if word != "-m":
@@ -192,7 +195,7 @@ def test_every_command_line_is_understood(tmp_path: Path, tiny: bool) -> None:
                 assert parsed.against
             elif module == "reco_fast.profiling.growth":
                 grown = cli.parse(growth.Growth, arguments, prog="", description="", default=growth.DEFAULT)
-                assert grown.batches == ((8,) if tiny else (128, 256, 1024))
+                assert grown.batches == ((8,) if tiny else (256, 1024, 2048, 4096))
             else:
                 assert module == "pytest" or (Path(benchmark.__file__).parent / f"{module.split('.')[-1]}.py").is_file()
                 assert all((gpu_session.HERE / a).is_file() for a in arguments if a.startswith("tests/"))
