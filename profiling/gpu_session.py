@@ -33,7 +33,7 @@ import torch
 from reco_fast.data import available_cores
 from reco_fast.json_files import write_json
 from reco_fast.profiling.gpu_parts import Part, parts
-from reco_fast.profiling.machine import LOCK, Machine
+from reco_fast.profiling.machine import Machine
 from reco_fast.run_folder import environment
 
 HERE = Path(__file__).resolve().parents[1]
@@ -107,12 +107,10 @@ class Session:
 
     def _command(self, command: list[str], kind: str, log: IO[bytes], deadline: float) -> int:
         with Machine(self._machine) as machine:
-            assert machine.file is not None
-            shared = machine.file.fileno()
             # Compilers side by side would each take all cores.
             threads = {"TORCHINDUCTOR_COMPILE_THREADS": "4", "OMP_NUM_THREADS": str(min(2, max(1, self._cores // 4)))}
             together = threads if kind != "alone" else {}
-            own = {LOCK: str(shared)} if kind == "benchmark" else {}
+            own, files = machine.handed_on() if kind == "benchmark" else ({}, ())
             process = subprocess.Popen(
                 command,
                 cwd=HERE,
@@ -120,9 +118,9 @@ class Session:
                 stdout=log,
                 stderr=log,
                 process_group=0,
-                pass_fds=[shared] if kind == "benchmark" else [],
+                pass_fds=files,
             )
-            if kind == "benchmark":  # the share is the process's now, and ends with it at the latest
+            if machine.file is not None and kind == "benchmark":  # the share is the process's now
                 machine.file.close()
             self._running.add(process)
             try:

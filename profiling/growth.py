@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,10 +121,9 @@ def rows(growth: Growth) -> list[dict[str, int | str]]:
     for changed, values in (("batch", growth.batches), ("K", growth.banks), ("size", growth.sizes)):
         found += [{**middle, changed: value, "changed": changed} for value in values if value != middle[changed]]
     share = max(1, available_cores() // max(growth.ranks, default=1))
-    for ranks in growth.ranks:
+    for ranks in growth.ranks if growth.ranks != (1,) else ():  # one alone is the middle again
         batch = ranks * growth.train.batch_size
-        row = {**middle, "ranks": ranks, "threads": share, "batch": batch, "changed": "ranks"}
-        found += [row] if row | {"changed": ""} != middle else []
+        found.append({**middle, "ranks": ranks, "threads": share, "batch": batch, "changed": "ranks"})
     return found
 
 
@@ -132,21 +132,18 @@ def run_row(row: dict[str, int | str], words: list[str], beside: int = 0, lock: 
     which it shares the machine by `lock`."""
     command = [sys.executable, "-m", "reco_fast.profiling.growth", *words, "--measure"]
     if row["ranks"] != 1:
-        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(row["ranks"]), "-m"]
-        command[2:2] = launcher
+        command[2:2] = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(row["ranks"]), "-m"]
     for factor in ("batch", "K", "size"):
         command += [FACTORS[factor], str(row[factor])]
     environ = os.environ | {"OMP_NUM_THREADS": str(row["threads"])}
     if beside:  # compilers that would each take all cores
         environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(max(1, available_cores() // (1 + beside)))
-    with Machine(lock) as machine:
-        shared = [] if machine.file is None else [machine.file.fileno()]
-        if shared:
-            environ[LOCK] = str(shared[0])
+    with Machine(lock) if lock else nullcontext() as machine:
+        share, files = machine.handed_on() if machine else ({LOCK: ""}, ())
         process = subprocess.Popen(
-            command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, pass_fds=shared
+            command, env=environ | share, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, pass_fds=files
         )
-    stdout, stderr = process.communicate()  # the share of the machine is the process's now, and ends with it
+    stdout, stderr = process.communicate()
     if process.returncode == 0:
         return row | json.loads(stdout.splitlines()[-1])
     said = [line for line in stderr.splitlines() if "error" in line.lower()] or [f"exit {process.returncode}"]

@@ -32,6 +32,13 @@ class Machine:
         if self.file is not None:
             self.file.close()
 
+    def handed_on(self) -> tuple[dict[str, str], tuple[int, ...]]:
+        """Environment and open files with which a process that is started takes over this share, until it ends."""
+        if self.file is None:
+            return {}, ()
+        number = self.file.fileno()
+        return {LOCK: str(number)}, (number,)
+
     @contextmanager
     def alone(self) -> Iterator[None]:
         """While nobody else gets ready or is timed. After it, nobody waits for this process."""

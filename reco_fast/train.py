@@ -165,7 +165,8 @@ class Progress:
         return progress
 
     def add(self, meter: Meter) -> None:
-        """Take over what the meter has counted."""
+        """Take over what the meter has counted up to now."""
+        meter.read()
         self.images, self.seconds = self.images + meter.images, self.seconds + meter.seconds
         meter.images, meter.seconds = 0, 0.0
 
@@ -223,7 +224,6 @@ def loop(
                 )
             if ended or run.due(state.step, config.eval.every):
                 profiler.finish()
-                meter.read()
                 progress.add(meter)
                 progress.knn_top1 = evaluate(run, state, progress, log)
                 meter.restart()
@@ -231,7 +231,6 @@ def loop(
             stopping, overdue = agreement.any(stop.signal_name is not None, late)
             at_step = config.run.checkpoint_steps is not None and state.step % config.run.checkpoint_steps == 0
             if ended or stopping or overdue or at_step:
-                meter.read()
                 progress.add(meter)
                 progress.sums = (distributed.sum_over_ranks(sums) / distributed.world_size()).tolist()
                 sums = torch.tensor(progress.sums, device=state.device)
