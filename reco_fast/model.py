@@ -33,13 +33,18 @@ class Encoder(nn.Module):
 
 
 class Passes(nn.Module):
-    """The encoder on several views in one call: DistributedDataParallel wants one forward for each backward."""
+    """The encoder on several views in one call: DistributedDataParallel wants one forward for each backward.
 
-    def __init__(self, encoder: nn.Module) -> None:
+    `together`: as one batch, whose batch norms know of its views (`use_groups`): half the kernels of two passes.
+    """
+
+    def __init__(self, encoder: nn.Module, *, together: bool) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.together = encoder, together
 
     def forward(self, *views: Tensor) -> tuple[Tensor, ...]:
+        if self.together and len(views) > 1:
+            return self.encoder(torch.cat(views)).chunk(len(views))
         return tuple(self.encoder(view) for view in views)
 
 
@@ -132,36 +137,64 @@ class InGroups(nn.Module):
         return torch.cat([self.encoder(part) for part in images.chunk(self.groups)])
 
 
+class RunningStudent(NamedTuple):
+    """The student as a step calls it."""
+
+    module: nn.Module
+    together: bool
+    """Whether it takes all views of a step as one batch."""
+
+
+def running_student(student: nn.Module, image_size: int, views: int) -> RunningStudent:
+    """The same tensors, for `views` views as one batch if its batch norms can keep them apart."""
+    module = shared_copy(student)
+    with torch.no_grad():
+        together = views > 1 and _norms_see_the_batch(module, _two_images(student, image_size)) and can_group(module)
+    if together:
+        use_groups(module, 1, views)
+    return RunningStudent(module, together)
+
+
 class RunningTeacher(NamedTuple):
     """The teacher as a step calls it: the same tensors, but for weights in the run's precision."""
 
     module: nn.Module
+    together: bool
+    """Whether it takes all views of a step as one batch."""
     weights: list[Tensor]
     """Of the teacher, float32."""
     copies: list[Tensor]
     """Of `weights`, in the run's precision."""
 
 
-def running_teacher(teacher: nn.Module, config: ModelConfig, precision: torch.dtype, image_size: int) -> RunningTeacher:
-    """For a `teacher` that `follow_mode` has seen. Autocast would cast its weights in every call."""
-    device = next(teacher.parameters()).device
-    images = torch.zeros(2, 3, image_size, image_size, device=device).to(memory_format=torch.channels_last)
+def running_teacher(
+    teacher: nn.Module, config: ModelConfig, precision: torch.dtype, image_size: int, views: int = 1
+) -> RunningTeacher:
+    """For a `teacher` that `follow_mode` has seen, and `views` views as one batch if its batch norms can keep them
+    apart. Autocast would cast its weights in every call."""
+    images = _two_images(teacher, image_size)
     layers = (m for m in teacher.modules() if type(m) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
     weights = [] if precision == torch.float32 else list({p: None for m in layers for p in m.parameters()})
     copies = {p: nn.Parameter(p.detach().to(precision), requires_grad=False) for p in weights}
     module = shared_copy(teacher, copies)
-    with torch.no_grad(), torch.autocast(device.type, precision, enabled=precision != torch.float32):
+    with torch.no_grad(), torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
         try:
             whole = _norms_see_the_batch(module, images)
         except RuntimeError:  # a network that leaves autocast somewhere wants its own weights there
             copies, module = {}, shared_copy(teacher)
             whole = _norms_see_the_batch(module, images)
-    if config.key_norm == "split":
-        if whole and can_group(module):
-            use_groups(module, config.norm_groups)
-        else:
-            module = InGroups(module, config.norm_groups)
-    return RunningTeacher(module, list(copies), list(copies.values()))
+    groups = config.norm_groups if config.key_norm == "split" else 1
+    can = whole and can_group(module)
+    if can and groups * views > 1:
+        use_groups(module, groups, views)
+    elif groups > 1:
+        module = InGroups(module, groups)
+    return RunningTeacher(module, can and views > 1, list(copies), list(copies.values()))
+
+
+def _two_images(module: nn.Module, size: int) -> Tensor:
+    images = torch.zeros(2, 3, size, size, device=next(module.parameters()).device)
+    return images.to(memory_format=torch.channels_last)
 
 
 def _norms_see_the_batch(module: nn.Module, images: Tensor) -> bool:
@@ -223,23 +256,28 @@ class TeacherUpdate:
 
 
 def teacher_forward(
-    teacher: Callable[[Tensor], Tensor], images: Tensor, key_norm: str, shuffle: Tensor | None
-) -> Tensor:
-    """Embeddings [n, D] of a rank's images [n, 3, H, W] by a running teacher, normalised as `--model.key-norm` says.
+    teacher: Callable[..., tuple[Tensor, ...]], views: tuple[Tensor, ...], key_norm: str, shuffle: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Embeddings [n, D] of a rank's views [n, 3, H, W] by `Passes` of a running teacher, normalised as
+    `--model.key-norm` says.
 
     `shuffle`: for "split" a permutation of the rank's batch, for "shuffle" one of the global batch (the same on all
     ranks). Either keeps a key from sharing batch statistics with its own query, which the student could read off.
     """
     if key_norm == "split":
         assert shuffle is not None
-        keys = teacher(images[shuffle])
-        return torch.empty_like(keys).index_copy_(0, shuffle, keys)
+        return tuple(_put_back(keys, shuffle) for keys in teacher(*(view[shuffle] for view in views)))
     if key_norm == "shuffle":
         assert shuffle is not None
         mine = shuffle.view(distributed.world_size(), -1)[distributed.rank()]
         # As [n, H, W, 3], since a collective wants its rows contiguous, and channels-last images are so only then.
-        whole = distributed.all_gather(images.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        keys = distributed.all_gather(teacher(whole[mine]))
-        keys = torch.empty_like(keys).index_copy_(0, shuffle, keys)
-        return keys.view(distributed.world_size(), len(images), -1)[distributed.rank()]
-    return teacher(images)
+        whole = (distributed.all_gather(view.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) for view in views)
+        shuffled = (distributed.all_gather(keys) for keys in teacher(*(view[mine] for view in whole)))
+        own = slice(distributed.rank() * len(mine), (distributed.rank() + 1) * len(mine))
+        return tuple(_put_back(keys, shuffle)[own] for keys in shuffled)
+    return teacher(*views)
+
+
+def _put_back(rows: Tensor, shuffle: Tensor) -> Tensor:
+    """`rows` as they were before something took them in the order of `shuffle`."""
+    return torch.empty_like(rows).index_copy_(0, shuffle, rows)

@@ -17,11 +17,13 @@ def batch_norms(*modules: nn.Module) -> list[_BatchNorm]:
 
 
 class _Grouped(_BatchNorm):
-    """A batch norm that, in training mode, takes each group of the batch [n, C, ...] by itself, as calls with each of
-    `torch.chunk(groups)` would, running averages included. Channels-last stays so."""
+    """A batch norm that, in training mode, takes each group of the batch [views·n, C, ...] by itself, as calls with
+    each of `torch.chunk(groups)` of one view after the other would, running averages included. Channels-last stays so.
+    """
 
     groups: int
-    shares: Tensor  # [groups] float32: a group's part in the running averages, the last group's last
+    views: int
+    shares: Tensor  # [views·groups] float32: a group's part in the running averages, the last group's last
 
     def forward(self, input: Tensor) -> Tensor:
         return self.then(self._normalise(input)) if self.training else super().forward(input)
@@ -30,9 +32,10 @@ class _Grouped(_BatchNorm):
         return normalised
 
     def _normalise(self, x: Tensor) -> Tensor:
-        rows = -(-len(x) // self.groups)
+        images = len(x) // self.views
+        rows = -(-images // self.groups)
         values = rows * x[0, 0].numel()
-        equal = len(x) % rows == 0 and values > 1
+        equal = images % rows == 0 and values > 1
         if equal and (x.is_cuda or torch.compiler.is_compiling()):
             return self._plain(x, rows, values)
         # On a CPU without a compiler, sums over the outer dimensions are slow but for those inside of these operators.
@@ -41,8 +44,8 @@ class _Grouped(_BatchNorm):
             return self._as_group_norm(x, rows, values)
         running = self.running_mean, self.running_var
         momentum = self.momentum or 0.0
-        parts = (F.batch_norm(p, *running, self.weight, self.bias, True, momentum, self.eps) for p in x.split(rows))
-        return torch.cat(list(parts))
+        parts = (part for view in x.split(images) for part in view.split(rows))
+        return torch.cat([F.batch_norm(p, *running, self.weight, self.bias, True, momentum, self.eps) for p in parts])
 
     def _plain(self, x: Tensor, rows: int, values: int) -> Tensor:
         """A reduction and a pointwise pass, for a compiler to fuse with what is around them."""
@@ -74,8 +77,8 @@ class _Grouped(_BatchNorm):
         if self.running_mean is None or self.running_var is None or self.momentum is None:
             return
         kept, shares = (1 - self.momentum) ** len(mean), self.shares[-len(mean) :]
-        self.running_mean.addmv_(mean.T, shares, beta=kept)
-        self.running_var.addmv_(var.T, shares, beta=kept, alpha=values / (values - 1))
+        self.running_mean.addmv_(mean.detach().T, shares, beta=kept)
+        self.running_var.addmv_(var.detach().T, shares, beta=kept, alpha=values / (values - 1))
 
 
 class _Grouped1d(_Grouped, nn.BatchNorm1d):
@@ -108,15 +111,15 @@ def can_group(model: nn.Module) -> bool:
     return all(type(norm) in _GROUPED and norm.momentum is not None for norm in batch_norms(model))
 
 
-def use_groups(model: nn.Module, groups: int) -> None:
-    """Make every batch norm in `model` one of groups; parameters and buffers stay."""
+def use_groups(model: nn.Module, groups: int, views: int = 1) -> None:
+    """Make every batch norm in `model` one of `groups` in each of the batch's `views`; parameters and buffers stay."""
     for norm in batch_norms(model):
         momentum = norm.momentum or 0.0
         device = None if norm.running_mean is None else norm.running_mean.device
-        powers = torch.arange(groups - 1, -1, -1, device=device)
+        powers = torch.arange(groups * views - 1, -1, -1, device=device)
         norm.__class__ = _GROUPED[type(norm)]
         grouped: Any = norm
-        grouped.groups = groups
+        grouped.groups, grouped.views = groups, views
         grouped.register_buffer("shares", momentum * (1 - momentum) ** powers, persistent=False)
 
 

@@ -5,6 +5,7 @@ import copy
 import os
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from reco_fast.config import Config, ConfigError
 from reco_fast.cuda_graph import CudaBackend, Graphed
 from reco_fast.kernels.winograd import use_winograd
 from reco_fast.memory_bank import MemoryBank
-from reco_fast.model import Encoder, Passes, TeacherUpdate, build_encoder, follow_mode, running_teacher, shared_copy
+from reco_fast.model import Encoder, Passes, TeacherUpdate, build_encoder, follow_mode, running_student, running_teacher
 from reco_fast.norms import NormBuffers, batch_norms
 from reco_fast.optim import build_optimizer
 
@@ -24,7 +25,7 @@ from reco_fast.optim import build_optimizer
 class TrainState:
     """`student`, `teacher`, `bank`, `optimizer`, `scaler` and `step` are what a checkpoint holds.
 
-    `run_student` (views to a tuple of embeddings) and `run_teacher` are what a step calls: modules of the same tensors,
+    `run_student` and `run_teacher` (views to a tuple of embeddings) are what a step calls: modules of the same tensors,
     but for the teacher's weights in the run's precision, compiled and under DistributedDataParallel where the run asks
     for it.
     """
@@ -61,7 +62,8 @@ def build_state(config: Config, device: torch.device) -> TrainState:
     """A fresh state: student and teacher start equal, on all ranks alike."""
     check_device(config, device)
     torch.manual_seed(config.train.seed)
-    student = build_encoder(config.model, config.data.image_size)
+    size = config.data.image_size
+    student = build_encoder(config.model, size)
     if config.model.key_norm != "batch" and not batch_norms(student):
         raise ConfigError(
             f"--model.key-norm: expected batch for {config.model.arch}, which has no batch norm, "
@@ -81,14 +83,16 @@ def build_state(config: Config, device: torch.device) -> TrainState:
         seed=config.train.seed,
     ).to(device)
 
-    run_student = shared_copy(student)
-    running = running_teacher(teacher, config.model, precision, config.data.image_size)
-    run_teacher = running.module
-    if config.train.compile if config.train.compile is not None else device.type == "cuda":
-        # Wrappers: `student` and `teacher` stay what checkpoints and evaluation see.
-        run_student = torch.compile(run_student)  # type: ignore[assignment]
-        run_teacher = torch.compile(run_teacher)  # type: ignore[assignment]
-    run_student = Passes(run_student)
+    compiled = config.train.compile if config.train.compile is not None else device.type == "cuda"
+    # Both views in one pass only where a compiler fuses what keeps them apart: else it costs more than it saves.
+    running = (
+        running_student(student, size, 1 + (compiled and config.loss.uses_local)),
+        running_teacher(teacher, config.model, precision, size, 1 + (compiled and config.loss.uses_global)),
+    )
+    # Wrappers: `student` and `teacher` stay what checkpoints and evaluation see.
+    modules: list[Any] = [torch.compile(r.module) if compiled else r.module for r in running]
+    run_student: nn.Module = Passes(modules[0], together=running[0].together)
+    run_teacher = Passes(modules[1], together=running[1].together)
     if distributed.world_size() > 1:
         # Batch-norm averages stay local (rank 0's are saved); banks and teacher are not inside and never broadcast.
         with warnings.catch_warnings():
@@ -102,7 +106,7 @@ def build_state(config: Config, device: torch.device) -> TrainState:
         scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
         run_student=run_student,
         run_teacher=run_teacher,
-        update_teacher=TeacherUpdate(teacher, student, config.model.key_norm, running),
+        update_teacher=TeacherUpdate(teacher, student, config.model.key_norm, running[1]),
         norm_buffers=NormBuffers(student, teacher),
         device=device,
         precision=precision,

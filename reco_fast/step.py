@@ -193,7 +193,7 @@ def _forward(
     loss, model = config.loss, config.model
     with region("teacher_forward"), torch.no_grad(), state.autocast():
         teacher_views = views[1:] if loss.uses_global else views[1:2]
-        keys = tuple(teacher_forward(state.run_teacher, view, model.key_norm, draws.shuffle) for view in teacher_views)
+        keys = teacher_forward(state.run_teacher, teacher_views, model.key_norm, draws.shuffle)
     with region("student_forward"), state.autocast():
         mixed = (mix_pixels(views[0], views[1], draws),) if loss.uses_local else ()
         query, *query_mix = state.run_student(views[0], *mixed)

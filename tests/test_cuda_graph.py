@@ -54,7 +54,7 @@ def run(
 ) -> tuple[TrainState, Tensor]:
     """State and metrics [STEPS, ...] after `STEPS` steps, the one before last with an overflow."""
     state = build_state(config, device)
-    for encoder in (state.run_student.encoder, state.run_teacher):
+    for encoder in (state.run_student.encoder, state.run_teacher.encoder):
         encoder.projector.append(nn.Dropout(0.1))
     state.graphed = graphed
     if scaled:  # as in fp16, in which convolutions on a CPU take for ever

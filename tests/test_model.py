@@ -82,11 +82,23 @@ def test_images_shuffled_between_ranks_are_sent_and_stay_channels_last(monkeypat
         assert rows.is_contiguous()
         return torch.cat([rows, rows])
 
-    def teacher(images: torch.Tensor) -> torch.Tensor:
-        assert images.is_contiguous(memory_format=torch.channels_last)
-        return images.mean(dim=(2, 3))
+    def teacher(*views: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        assert all(view.is_contiguous(memory_format=torch.channels_last) for view in views)
+        return tuple(view.mean(dim=(2, 3)) for view in views)
 
     monkeypatch.setattr("reco_fast.distributed.world_size", lambda: 2)
     monkeypatch.setattr("reco_fast.distributed.all_gather", of_two_equal_ranks)
     images = torch.randn(4, 3, 8, 8).contiguous(memory_format=torch.channels_last)
-    assert teacher_forward(teacher, images, "shuffle", torch.randperm(8)).shape == (4, 3)
+    keys = teacher_forward(teacher, (images, images), "shuffle", torch.randperm(8))
+    assert [rows.shape for rows in keys] == [(4, 3), (4, 3)]
+
+
+def test_keys_of_shuffled_images_come_back_in_their_order() -> None:
+    def teacher(*views: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(view.mean(dim=(2, 3)) for view in views)
+
+    images = torch.randn(8, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    expected = images.mean(dim=(2, 3))
+    for key_norm in ("batch", "split", "shuffle"):
+        keys = teacher_forward(teacher, (images, 2 * images), key_norm, torch.randperm(8))
+        torch.testing.assert_close(keys, (expected, 2 * expected))

@@ -85,7 +85,7 @@ def test_draws_follow_from_seed_and_step() -> None:
 def test_keys_of_the_step_reach_both_banks_after_the_loss() -> None:
     state = build_state(CONFIG, CPU)
     keys: list[torch.Tensor] = []
-    state.run_teacher.register_forward_hook(lambda _, __, rows: keys.append(rows))
+    state.run_teacher.register_forward_hook(lambda _, __, rows: keys.extend(rows))
     before = state.bank.keys.clone()
     metrics = train_step(state, CONFIG, views(0), draw(0, 16, CONFIG, CPU), scheduled(0, 10, CONFIG))
     assert dict(zip(METRICS, metrics.tolist(), strict=True))["loss_global"] > 0
@@ -120,7 +120,7 @@ def test_moco_skips_the_passes_that_only_the_relations_need(objective: str) -> N
     config = dataclasses.replace(CONFIG, loss=LossConfig(objective=objective))
     state = build_state(config, CPU)
     calls = {"student": 0, "teacher": 0}
-    for name, module in (("student", state.run_student.encoder), ("teacher", state.run_teacher)):
+    for name, module in (("student", state.run_student.encoder), ("teacher", state.run_teacher.encoder)):
         module.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
     given = views(0) if objective == "reco" else views(0)[:2]
     metrics = train_step(state, config, given, draw(0, 16, config, CPU), scheduled(0, 10, config))
@@ -352,7 +352,7 @@ def test_a_step_makes_no_copy_of_a_bank_and_few_passes_over_the_weights(precisio
         CONFIG, loss=LossConfig(impl="sdpa"), train=TrainConfig(batch_size=16, precision=precision)
     )
     state = build_state(config, CPU)
-    state.run_teacher.register_forward_hook(
+    state.run_teacher.encoder.register_forward_hook(
         lambda _, __, keys: teacher.append((torch.is_grad_enabled(), keys.requires_grad))
     )
     teacher: list[tuple[bool, bool]] = []
