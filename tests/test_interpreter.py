@@ -12,7 +12,8 @@ pytest.importorskip("triton")
 
 def test_kernels_in_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--durations=0"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    # One file: further workers, for which the caller may have asked, would only take cores from this one.
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTEST_ADDOPTS": ""}
     done = subprocess.run(
         [*command, str(Path(__file__).with_name("test_relation_loss.py"))],
         env=environment,
