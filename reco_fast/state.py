@@ -4,6 +4,7 @@ import contextlib
 import copy
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,14 +86,12 @@ def build_state(config: Config, device: torch.device) -> TrainState:
 
     compiled = config.train.compile if config.train.compile is not None else device.type == "cuda"
     # Both views in one pass only where a compiler fuses what keeps them apart: else it costs more than it saves.
-    running = (
-        running_student(student, size, 1 + (compiled and config.loss.uses_local)),
-        running_teacher(teacher, config.model, precision, size, 1 + (compiled and config.loss.uses_global)),
-    )
+    learning = running_student(student, size, 1 + (compiled and config.loss.uses_local))
+    teaching = running_teacher(teacher, config.model, precision, size, 1 + (compiled and config.loss.uses_global))
     # Wrappers: `student` and `teacher` stay what checkpoints and evaluation see.
-    modules: list[Any] = [torch.compile(r.module) if compiled else r.module for r in running]
-    run_student: nn.Module = Passes(modules[0], together=running[0].together)
-    run_teacher = Passes(modules[1], together=running[1].together)
+    wrap: Callable[[nn.Module], Any] = torch.compile if compiled else lambda module: module
+    run_student: nn.Module = Passes(wrap(learning.module), together=learning.together)
+    run_teacher = Passes(wrap(teaching.module), together=teaching.together)
     if distributed.world_size() > 1:
         # Batch-norm averages stay local (rank 0's are saved); banks and teacher are not inside and never broadcast.
         with warnings.catch_warnings():
@@ -106,7 +105,7 @@ def build_state(config: Config, device: torch.device) -> TrainState:
         scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
         run_student=run_student,
         run_teacher=run_teacher,
-        update_teacher=TeacherUpdate(teacher, student, config.model.key_norm, running[1]),
+        update_teacher=TeacherUpdate(teacher, student, config.model.key_norm, teaching),
         norm_buffers=NormBuffers(student, teacher),
         device=device,
         precision=precision,
