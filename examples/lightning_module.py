@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 
 from reco_fast import ReCoLoss
 from reco_fast.distributed import all_gather
-from reco_fast.memory_bank import MemoryBank
+from reco_fast.method.model import MemoryBank
 
 SIZE = 32
 WEAK = [v2.ToImage(), v2.RandomResizedCrop(SIZE, (0.2, 1)), v2.RandomHorizontalFlip()]

@@ -60,7 +60,7 @@ TILES: dict[str, dict[tuple[str, int], tuple[Tile, Tile]]] = {
 }
 
 
-class Part(NamedTuple):
+class Launch(NamedTuple):
     """One launch over `length` bank rows from row `start`, cut into `splits` of `split_length`."""
 
     start: int
@@ -76,7 +76,7 @@ class Plan(NamedTuple):
     block_d: int
     row_tiles: int
     splits: int
-    parts: tuple[Part, ...]
+    parts: tuple[Launch, ...]
     partial_dtype: torch.dtype
 
 
@@ -100,9 +100,9 @@ def plan(rows: int, length: int, width: int, row_sets: int, dtype: torch.dtype, 
         wanted = max(1, min(wave, affordable - 1, MOST_SPLITS - 1, tiles))
         split_tiles = -(-tiles // wanted)
         splits = -(-tiles // split_tiles)
-        parts.append(Part(0, tiles * tile.bank_rows, 0, splits, split_tiles * tile.bank_rows, masked=False))
+        parts.append(Launch(0, tiles * tile.bank_rows, 0, splits, split_tiles * tile.bank_rows, masked=False))
     if rest:
-        parts.append(Part(tiles * tile.bank_rows, rest, splits, 1, tile.bank_rows, masked=True))
+        parts.append(Launch(tiles * tile.bank_rows, rest, splits, 1, tile.bank_rows, masked=True))
         splits += 1
     return Plan(tile, block_d, row_tiles, splits, tuple(parts), partial_dtype)
 
@@ -135,8 +135,8 @@ class Measured(NamedTuple):
     source: str
 
 
-# The first row that fits decides. Rows for a GPU come from `python -m reco_fast.profiling.launch_table`; on one that no
-# benchmark has run on, the choice is PyTorch's own attention.
+# The first row that fits decides. `python -m reco_fast.profiling.benchmarks.launch_table` writes the rows of a GPU; on
+# one that no benchmark has run on, the choice is PyTorch's own attention.
 MEASURED = (
     Measured("sm_90", 1, "triton", "docs/kernels.md, GPU: NVIDIA H200, 2026-11-26"),
     Measured("cpu", 64 * 4096, "sdpa", "docs/kernels.md, CPU: 1.2 to 3.0 times faster than torch, one Xeon thread"),

@@ -16,13 +16,14 @@ from nvidia.dali.pipeline import OperatorConcurrency
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from reco_fast.errors import DataError
 from reco_fast.pipelines.augmentations import Recipe, sample_parameters
+from reco_fast.pipelines.bad_images.journal import Journal
+from reco_fast.pipelines.base import Batch, Decoded, ImageReader, Loader, OnBadImage, Sample
 from reco_fast.pipelines.dali_graph import graph, to_dali, view_inputs
-from reco_fast.pipelines.image_source import DataError, ImageSource
 from reco_fast.pipelines.images import BadImage, to_ppm
-from reco_fast.pipelines.journal import Journal
-from reco_fast.pipelines.loader import Batch, Decoded, ImageReader, Loader, OnBadImage, Sample
 from reco_fast.pipelines.order import Order
+from reco_fast.pipelines.sources.image_source import ImageSource
 
 __all__ = ["DaliLoader"]
 

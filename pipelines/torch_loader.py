@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional
 
+from reco_fast.errors import DataError
 from reco_fast.pipelines.augmentations import Recipe, ViewParameters, sample_parameters
-from reco_fast.pipelines.image_source import DataError, ImageSource
+from reco_fast.pipelines.bad_images.journal import Journal
+from reco_fast.pipelines.base import Batch, ImageReader, Loader, OnBadImage, Sample
 from reco_fast.pipelines.images import BadImage, decode_image
-from reco_fast.pipelines.journal import Journal
-from reco_fast.pipelines.loader import Batch, ImageReader, Loader, OnBadImage, Sample
 from reco_fast.pipelines.order import Order
+from reco_fast.pipelines.sources.image_source import ImageSource
 
 __all__ = ["TorchLoader", "render"]
 

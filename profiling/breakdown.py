@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reco_fast.config import ConfigError
+from reco_fast.errors import ConfigError
 from reco_fast.profiling.trace import REGIONS
 
 __all__ = ["Breakdown", "newest_trace", "read_trace"]

@@ -7,8 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from reco_fast import distributed
-from reco_fast.config import Config
-from reco_fast.state import TrainState
+from reco_fast.method.state import TrainState
+from reco_fast.settings.config import Config
 
 __all__ = ["matmul_rate", "step_flops", "utilisation_per_image"]
 

@@ -13,12 +13,13 @@ from typing import Any, Literal, NamedTuple, NoReturn
 
 import tyro
 
-from reco_fast import cli
-from reco_fast.config import Config, ConfigError
-from reco_fast.json_files import parse_json, read_json, read_text, write_text
+from reco_fast.errors import ConfigError
 from reco_fast.profiling.breakdown import Breakdown, newest_trace, read_trace
-from reco_fast.run_folder import read_config
-from reco_fast.typed import one_line
+from reco_fast.run.files import parse_json, read_json, read_text, write_text
+from reco_fast.run.run_folder import read_config
+from reco_fast.settings import command_line
+from reco_fast.settings.config import Config
+from reco_fast.settings.typed import one_line
 
 Bound = Literal["data", "compute", "memory", "launch", "communication"]
 MATTERS = 0.15  # a share of the step below which another bound is looked for
@@ -216,9 +217,11 @@ class ReportCommand:
 
 
 def main() -> NoReturn:
-    cli.run(
+    command_line.run(
         lambda: report(
-            cli.parse(ReportCommand, sys.argv[1:], prog="python -m reco_fast.profiling.report", description=__doc__)
+            command_line.parse(
+                ReportCommand, sys.argv[1:], prog="python -m reco_fast.profiling.report", description=__doc__
+            )
         )
     )
 

@@ -16,12 +16,12 @@ if (_root / "setup.py").is_file():
     __path__.append(str(_root))
 
 if TYPE_CHECKING:
-    from reco_fast.losses import ReCoLoss, ReCoLossOutput, reco_loss
+    from reco_fast.method.losses import ReCoLoss, ReCoLossOutput, reco_loss
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:  # at first use: processes that only read or decode images do without PyTorch
-        from reco_fast import losses
+        from reco_fast.method import losses
 
         return getattr(losses, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

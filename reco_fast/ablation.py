@@ -18,14 +18,17 @@ from typing import Any, NoReturn
 
 import torch
 
-from reco_fast import cli, run_folder
-from reco_fast.config import Config, ConfigError
 from reco_fast.data import open_data
-from reco_fast.evaluate import load_run
-from reco_fast.features import labelled_features, linear_probe
-from reco_fast.json_files import parse_json, read_text, write_text
-from reco_fast.state import pick_device
-from reco_fast.train import preset_and_rest, train
+from reco_fast.errors import ConfigError
+from reco_fast.evaluation.features import labelled_features, linear_top1
+from reco_fast.method.state import pick_device
+from reco_fast.run import run_folder
+from reco_fast.run.arguments import CONFIG_HELP, preset_and_rest
+from reco_fast.run.files import parse_json, read_text, write_text
+from reco_fast.run.run_folder import load_run
+from reco_fast.settings import command_line
+from reco_fast.settings.config import Config
+from reco_fast.train import train
 
 # Each method's changes to the configured loss; "both" is the loss as it is configured.
 METHODS: dict[str, dict[str, Any]] = {
@@ -99,14 +102,15 @@ class Variant:
 
 
 def main() -> NoReturn:
-    cli.run(lambda: ablate(*parse(sys.argv[1:])))
+    command_line.run(lambda: ablate(*parse(sys.argv[1:])))
 
 
 def parse(argv: Sequence[str]) -> tuple[str, AblationConfig]:
     """The preset's name and the configuration that all runs share."""
     preset, default, rest = preset_and_rest(argv)
     prog, options = f"python -m reco_fast.ablation {preset}", AblationConfig(**sections(default))
-    return preset, cli.parse(AblationConfig, rest, prog=prog, description=__doc__ or "", default=options)
+    description = f"{__doc__}\n{CONFIG_HELP}"
+    return preset, command_line.parse(AblationConfig, rest, prog=prog, description=description, default=options)
 
 
 def sections(config: Config) -> dict[str, Any]:
@@ -134,7 +138,7 @@ def ablate(preset: str, command: AblationConfig) -> int:
                     check_same_settings(config)
                     continue
                 print(f"{TITLES[variant.method]}, lr {variant.lr:g}, {variant.epochs} epochs, seed {seed}", flush=True)
-                train(preset, config)
+                train(config, preset)
                 outcome = judged(config)
                 if outcome is None:
                     print(f"stopped; the same command goes on in {folder}", flush=True)
@@ -181,7 +185,7 @@ def judged(config: Config) -> dict[str, Any] | None:
     device = pick_device(config.train.device)
     _, encoder = load_run(config.run.dir, "student")
     backbone = encoder.get_submodule("backbone").to(device).to(memory_format=torch.channels_last)
-    top1, penalty = linear_probe(labelled_features(backbone, labelled, config, device))
+    top1, penalty = linear_top1(labelled_features(backbone, labelled, config, device))
     kept = ("steps", "seconds", "knn_top1_initial", "knn_top1")
     return {"images": len(source)} | {name: end[name] for name in kept} | {"linear_top1": top1, "linear_c": penalty}
 
@@ -204,12 +208,12 @@ def table(results: list[dict[str, Any]]) -> str:
     order = list(METHODS)
     for (_, method, lr, epochs), lines in sorted(groups.items(), key=lambda g: (g[0][0], order.index(g[0][1]), g[0])):
         seconds = statistics.median(line["seconds"] for line in lines)
-        knn, linear = (spread([line[name] for line in lines]) for name in ("knn_top1", "linear_top1"))
+        knn, linear = (mean_and_range([line[name] for line in lines]) for name in ("knn_top1", "linear_top1"))
         rows.append(f"| {TITLES[method]} | {lr:g} | {epochs} | {seconds:.0f} | {len(lines)} | {knn} | {linear} |")
     return "\n".join(rows) + "\n"
 
 
-def spread(values: list[float]) -> str:
+def mean_and_range(values: list[float]) -> str:
     """Mean and range, such as 40.1 (39.2 to 41.0)."""
     mean = f"{statistics.mean(values):.1f}"
     return mean if len(values) == 1 else f"{mean} ({min(values):.1f} to {max(values):.1f})"

@@ -14,15 +14,15 @@ from typing import Literal, NoReturn
 
 import tyro
 
-from reco_fast import cli
-from reco_fast.config import ConfigError
 from reco_fast.data import available_cores
-from reco_fast.json_files import write_text
+from reco_fast.errors import ConfigError
+from reco_fast.pipelines.bad_images.probe import probe_all
 from reco_fast.pipelines.loader import resolve
-from reco_fast.pipelines.probe import probe_all
-from reco_fast.pipelines.sources import open_source
-from reco_fast.quarantine import manifest_line, manifest_lines
-from reco_fast.typed import one_line
+from reco_fast.pipelines.sources.open import open_source
+from reco_fast.run.files import write_text
+from reco_fast.run.quarantine import manifest_line, manifest_lines
+from reco_fast.settings import command_line
+from reco_fast.settings.typed import one_line
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class CheckCommand:
 
 
 def main() -> NoReturn:
-    cli.run(
+    command_line.run(
         lambda: check(
-            cli.parse(CheckCommand, sys.argv[1:], prog="python -m reco_fast.check_images", description=__doc__)
+            command_line.parse(CheckCommand, sys.argv[1:], prog="python -m reco_fast.check_images", description=__doc__)
         )
     )
 

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from reco_fast import distributed
-from reco_fast.config import Config, ConfigError, DataConfig
-from reco_fast.pipelines import generated
+from reco_fast.errors import ConfigError
 from reco_fast.pipelines.augmentations import Recipe, evaluation_recipe, reco_recipe
-from reco_fast.pipelines.image_source import ImageSource
-from reco_fast.pipelines.loader import Loader, open_loader
+from reco_fast.pipelines.base import Loader
+from reco_fast.pipelines.loader import open_loader
 from reco_fast.pipelines.order import EvaluationOrder, TrainingOrder
-from reco_fast.pipelines.sources import open_source
+from reco_fast.pipelines.sources import generated
+from reco_fast.pipelines.sources.image_source import ImageSource
+from reco_fast.pipelines.sources.open import open_source
+from reco_fast.settings.config import Config, DataConfig
 
 
 class LabelledData(NamedTuple):

@@ -1,8 +1,11 @@
 """One process or many: the few collectives that the trainer needs, each a no-op for one process."""
 
 import os
+import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType, TracebackType
 from typing import TypeVar
 
 import torch
@@ -11,7 +14,11 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from reco_fast.errors import ConfigError
+from reco_fast.settings.config import Config
+
 T = TypeVar("T")
+GRACE = 1.0  # seconds in which a second SIGINT is the launcher passing on the first
 
 
 @contextmanager
@@ -104,6 +111,31 @@ class Agreement:
         return (flags > 0).tolist()
 
 
+class StopRequest:
+    """While it is entered, SIGTERM and SIGINT only set `signal_name`; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+        self._since = 0.0
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal_name is not None and number == signal.SIGINT and time.monotonic() - self._since > GRACE:
+            raise KeyboardInterrupt
+        if self.signal_name is None:
+            self.signal_name = signal.Signals(number).name
+            self._since = time.monotonic()
+
+
 def sum_over_ranks(value: Tensor) -> Tensor:
     """`value` summed over ranks, in place."""
     if world_size() > 1:
@@ -124,3 +156,21 @@ def first_rank_first(work: Callable[[], T]) -> T:
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
+
+
+def fit_ranks(config: Config) -> None:
+    """Raises ConfigError where a setting does not fit the number of ranks."""
+    parts = world_size() * config.train.accumulate
+    if config.train.batch_size % parts:
+        raise ConfigError(
+            f"--train.batch-size: expected a multiple of ranks × --train.accumulate = {parts}, "
+            f"got {config.train.batch_size}"
+        )
+    rows = config.train.batch_size // parts
+    if config.model.key_norm == "shuffle" and world_size() == 1:
+        raise ConfigError("--model.key-norm: expected split, batch or ema on one rank, got shuffle (needs two or more)")
+    if config.model.key_norm == "split" and rows < 2 * config.model.norm_groups:
+        raise ConfigError(
+            f"--model.norm-groups: expected at most half of the {rows} images that a rank normalises together, "
+            f"got {config.model.norm_groups}"
+        )

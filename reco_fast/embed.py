@@ -10,27 +10,31 @@ import hashlib
 import importlib.util
 import os
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal, NamedTuple, NoReturn
 
+import numpy as np
 import torch
 import tyro
+from numpy.typing import NDArray
 from torch import nn
 
-from reco_fast import cli
-from reco_fast.config import ConfigError, DataConfig
 from reco_fast.data import loader_workers, open_evaluation_loader
-from reco_fast.embed_files import Part, Parts, name_bad_images, write_npz, write_parquet, write_projector
-from reco_fast.evaluate import load_run
-from reco_fast.export import check_output, whole_file
-from reco_fast.metrics import Meter
-from reco_fast.pipelines.image_source import ImageSource
+from reco_fast.errors import ConfigError
+from reco_fast.evaluation.embedding_files import Part, Parts, name_bad_images, write_npz, write_parquet, write_projector
+from reco_fast.method.state import pick_device, pick_precision
 from reco_fast.pipelines.order import EvaluationOrder
-from reco_fast.pipelines.sources import open_source
-from reco_fast.progress import progress
-from reco_fast.state import pick_device, pick_precision
+from reco_fast.pipelines.sources.image_source import ImageSource
+from reco_fast.pipelines.sources.open import open_source
+from reco_fast.run.files import check_output, whole_file
+from reco_fast.run.meter import Meter
+from reco_fast.run.report import progress
+from reco_fast.run.run_folder import load_run
+from reco_fast.settings import command_line
+from reco_fast.settings.config import DataConfig
 
 PART_SECONDS = 30.0  # of work that an interruption loses at most
 
@@ -68,7 +72,69 @@ class EmbedCommand:
 
 
 def main() -> NoReturn:
-    cli.run(lambda: embed(cli.parse(EmbedCommand, sys.argv[1:], prog="python -m reco_fast.embed", description=__doc__)))
+    command_line.run(
+        lambda: embed(
+            command_line.parse(EmbedCommand, sys.argv[1:], prog="python -m reco_fast.embed", description=__doc__)
+        )
+    )
+
+
+class Work(NamedTuple):
+    """What `compute` takes: images, and how a backbone is run on them."""
+
+    backbone: nn.Module
+    source: ImageSource
+    data: DataConfig
+    batch_size: int
+    device: torch.device
+    precision: torch.dtype
+
+    def fingerprint(self) -> str:
+        """Equal only where the features would be the same: images by name and size, weights, and how they are run."""
+        settings = (str(self.precision), self.device.type, self.data.loader, self.data.image_size, self.batch_size)
+        digest = hashlib.sha256(repr((self.source.fingerprint(), settings)).encode())
+        for name, value in sorted(self.backbone.state_dict().items()):
+            digest.update(name.encode() + value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def opened(run_dir: Path, images: ImagesConfig, which: str, batch_size: int, device_name: str) -> Work:
+    """Raises ConfigError or DataError."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("WORLD_SIZE: expected one process, without torchrun, got more")
+    if images.path is None:
+        raise ConfigError("--data.path: expected a folder of images or .tar shards, got nothing")
+    config, encoder = load_run(run_dir, which)
+    device = pick_device(device_name, "--device")
+    backbone = encoder.get_submodule("backbone").eval().to(device).to(memory_format=torch.channels_last)
+    data = dataclasses.replace(config.data, **dataclasses.asdict(images))
+    precision = pick_precision(config.train.precision, device)
+    return Work(backbone, open_source(images.path), data, batch_size, device, precision)
+
+
+class Embedded(NamedTuple):
+    """`features` [n, F] float32 of the images at `paths` [n]; `bad`: those left out, path → reason."""
+
+    features: NDArray[np.float32]
+    paths: list[str]
+    bad: dict[str, str]
+
+
+def embed_images(
+    run_dir: Path | str,
+    images: Path | str,
+    *,
+    which: Literal["student", "teacher"] = "student",
+    batch_size: int = 256,
+    device: Literal["auto", "cuda", "cpu"] = "auto",
+) -> Embedded:
+    """What the command writes, as an array. Raises ConfigError or DataError."""
+    work = opened(Path(run_dir), ImagesConfig(path=Path(images)), which, batch_size, device)
+    with tempfile.TemporaryDirectory() as folder:
+        parts = Parts(Path(folder), work.fingerprint())
+        compute(work, parts)
+        found = parts.join(work.source.unreadable)
+    return Embedded(found.features, [work.source.names[index] for index in found.indices.tolist()], found.bad)
 
 
 def embed(command: EmbedCommand) -> int:
@@ -78,23 +144,11 @@ def embed(command: EmbedCommand) -> int:
         raise ConfigError("--output: expected .npz, or pyarrow for .parquet; pip install 'reco-fast[parquet]'")
     if command.projector is not None and (command.projector.is_file() or list(command.projector.glob("*"))):
         raise ConfigError(f"--projector: expected a new or an empty folder, got {command.projector}")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("WORLD_SIZE: expected one process, without torchrun, got more")
-    if command.data.path is None:
-        raise ConfigError("--data.path: expected a folder of images or .tar shards, got nothing")
-    config, encoder = load_run(command.run_dir, command.which)
-    data = dataclasses.replace(config.data, **dataclasses.asdict(command.data))
-    device = pick_device(command.device, "--device")
-    precision = pick_precision(config.train.precision, device)
-    source = open_source(command.data.path)
-    backbone = encoder.get_submodule("backbone").eval()
-    settings = (str(precision), device.type, data.loader, data.image_size, command.batch_size)
-    parts = Parts(Path(f"{command.output}.parts"), fingerprint(source, backbone, settings))
-    backbone = backbone.to(device).to(memory_format=torch.channels_last)
+    work = opened(command.run_dir, command.data, command.which, command.batch_size, command.device)
+    source = work.source
+    parts = Parts(Path(f"{command.output}.parts"), work.fingerprint())
     try:
-        meter = compute(
-            backbone, source, data, parts, batch_size=command.batch_size, device=device, precision=precision
-        )
+        meter = compute(work, parts)
     except KeyboardInterrupt:
         print(f"\nstopped after {parts.images} images; the same command goes on from there", file=sys.stderr)
         return 130
@@ -108,39 +162,23 @@ def embed(command: EmbedCommand) -> int:
         print(f"{rate:.0f} images/s, {100 * waited:.0f} % of the time waiting for images")
     name_bad_images(Path(f"{command.output}.bad_images.txt"), found.bad)
     if command.projector is not None:
-        write_projector(command.projector, found, source, workers=loader_workers(data))
+        write_projector(command.projector, found, source, workers=loader_workers(work.data))
     return 0
 
 
-def fingerprint(source: ImageSource, backbone: nn.Module, settings: tuple[object, ...]) -> str:
-    """Equal only where the features would be the same: images by name and size, weights, and how they are run."""
-    digest = hashlib.sha256(repr((source.fingerprint(), settings)).encode())
-    for name, value in sorted(backbone.state_dict().items()):
-        digest.update(name.encode() + value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 @torch.inference_mode()
-def compute(
-    backbone: nn.Module,
-    source: ImageSource,
-    data: DataConfig,
-    parts: Parts,
-    *,
-    batch_size: int,
-    device: torch.device,
-    precision: torch.dtype,
-) -> Meter:
+def compute(work: Work, parts: Parts) -> Meter:
     """Add to `parts` what they lack. Whatever ends it, what was computed is kept. Returns how long that took."""
+    source, device, precision = work.source, work.device, work.precision
     meter = Meter(device)
-    order = EvaluationOrder(len(source), batch_size)
+    order = EvaluationOrder(len(source), work.batch_size)
     assert order.steps is not None
     if parts.steps == order.steps:
         return meter
     part = Part(parts.steps)
     started = time.monotonic()
     with (
-        open_evaluation_loader(data, source, order, device, precision, parts.steps) as loader,
+        open_evaluation_loader(work.data, source, order, device, precision, parts.steps) as loader,
         progress(len(source), parts.images) as advance,
     ):
         try:
@@ -148,7 +186,7 @@ def compute(
                 with meter.waiting():
                     batch = next(loader)
                 with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                    features = backbone(batch.views[0]).float().cpu().numpy()
+                    features = work.backbone(batch.views[0]).float().cpu().numpy()
                 _, wanted = order.batch(step)
                 good = batch.indices.numpy() == wanted  # in place of a bad image stands a good one, which has its own
                 bad = {}

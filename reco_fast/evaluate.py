@@ -19,18 +19,19 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from reco_fast import checkpoint, classifiers, cli, run_folder
-from reco_fast import evaluate_pictures as pictures
-from reco_fast.config import Config, ConfigError, DataConfig
 from reco_fast.data import LabelledData, open_labelled
-from reco_fast.diagnostics import spread
-from reco_fast.features import features_of
-from reco_fast.json_files import write_json, write_text
-from reco_fast.model import build_encoder
-from reco_fast.pipelines.image_source import ImageSource
-from reco_fast.pipelines.sources import open_source
-from reco_fast.progress import progress
-from reco_fast.state import pick_device
+from reco_fast.errors import ConfigError
+from reco_fast.evaluation import classifiers, pictures
+from reco_fast.evaluation.features import features_of
+from reco_fast.method.state import pick_device
+from reco_fast.pipelines.sources.image_source import ImageSource
+from reco_fast.pipelines.sources.open import open_source
+from reco_fast.run.diagnostics import spread
+from reco_fast.run.files import write_json, write_text
+from reco_fast.run.report import progress
+from reco_fast.run.run_folder import load_run
+from reco_fast.settings import command_line
+from reco_fast.settings.config import Config, DataConfig
 
 SWEEP_K = (1, 5, 10, 20, 50, 100, 200, 500)
 SWEEP_TEMPERATURES = (0.03, 0.07, 0.1, 0.2, 1.0)
@@ -47,21 +48,10 @@ class EvaluateCommand:
     device: Literal["auto", "cuda", "cpu"] = "auto"
 
 
-def load_run(folder: Path, which: str) -> tuple[Config, nn.Module]:
-    """Configuration and encoder of a run's newest checkpoint. Raises ConfigError where there is none."""
-    config = run_folder.read_config(folder)
-    path = checkpoint.latest(folder / "checkpoints")
-    if path is None:
-        raise ConfigError(f"{folder}: expected a run with a checkpoint, got none in {folder / 'checkpoints'}")
-    encoder = build_encoder(config.model, config.data.image_size)
-    checkpoint.load_encoder(path, encoder, which)
-    return config, encoder
-
-
 def main() -> NoReturn:
-    cli.run(
+    command_line.run(
         lambda: evaluate(
-            cli.parse(EvaluateCommand, sys.argv[1:], prog="python -m reco_fast.evaluate", description=__doc__)
+            command_line.parse(EvaluateCommand, sys.argv[1:], prog="python -m reco_fast.evaluate", description=__doc__)
         )
     )
 
@@ -79,8 +69,9 @@ class Extracted(NamedTuple):
             return cls(source, *features_of(backbone, source, config, device, advance=advance))
 
 
-def evaluate(command: EvaluateCommand) -> int:
-    """Print what was measured, and leave it in the run folder: `evaluation.json`, and pictures in `evaluation/`."""
+def evaluate(command: EvaluateCommand) -> dict[str, Any]:
+    """Print what was measured, and leave it in the run folder: pictures in `evaluation/`, and `evaluation.json`, whose
+    content it returns. Raises ConfigError or DataError."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("WORLD_SIZE: expected one process, without torchrun, got more")
     config, encoder = load_run(command.run_dir, command.which)
@@ -92,7 +83,7 @@ def evaluate(command: EvaluateCommand) -> int:
     source = open_source(path)
     labelled = open_labelled(source, val_path) if val_path is not None else None
     folder = command.run_dir / "evaluation"
-    prepare(folder)
+    clear_pictures(folder)
 
     backbone = encoder.get_submodule("backbone").to(device).to(memory_format=torch.channels_last)
     train = Extracted.of(source, backbone, config, device)
@@ -112,14 +103,14 @@ def evaluate(command: EvaluateCommand) -> int:
         shown = Extracted.of(labelled.val, backbone, config, device)
         result |= classify(train, shown, labelled, config, folder)
     if pictures.available():
-        draw_neighbours(folder, shown, train)
-        draw_map(folder, shown)
+        picture_neighbours(folder, shown, train)
+        picture_map(folder, shown)
         names = sorted(name for name in pictures.PICTURES if (folder / name).exists())
         print(f"pictures: {folder}/{{{','.join(names)}}}")
     else:
         print("pictures need matplotlib: pip install 'reco-fast[evaluate]'")
     write_json(command.run_dir / "evaluation.json", result)
-    return 0
+    return result
 
 
 def chosen_data(given: DataConfig, run: DataConfig) -> DataConfig:
@@ -132,7 +123,7 @@ def chosen_data(given: DataConfig, run: DataConfig) -> DataConfig:
     )
 
 
-def prepare(folder: Path) -> None:
+def clear_pictures(folder: Path) -> None:
     """An empty place for the pictures: those of an earlier evaluation do not belong to this one."""
     try:
         folder.mkdir(exist_ok=True)
@@ -215,7 +206,7 @@ def readable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "replace")
 
 
-def draw_neighbours(folder: Path, queries: Extracted, candidates: Extracted) -> None:
+def picture_neighbours(folder: Path, queries: Extracted, candidates: Extracted) -> None:
     """Some images, evenly chosen, beside those that are nearest to them; none is its own neighbour."""
     rows = evenly(len(queries.features), pictures.SHEET_QUERIES)
     same = queries is candidates
@@ -236,7 +227,7 @@ def draw_neighbours(folder: Path, queries: Extracted, candidates: Extracted) -> 
         )
 
 
-def draw_map(folder: Path, images: Extracted) -> None:
+def picture_map(folder: Path, images: Extracted) -> None:
     rows = evenly(len(images.features), pictures.MAP_POINTS)
     if len(rows) >= 4:  # fewer make no map
         print(f"map of {len(rows):,} images by t-SNE ...", flush=True)

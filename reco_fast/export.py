@@ -5,12 +5,9 @@
 A Markdown card with the code that loads it appears beside it, as FILE.md.
 """
 
-import contextlib
 import importlib.util
 import json
-import os
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
@@ -22,10 +19,12 @@ import tyro
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from reco_fast import cli
-from reco_fast.config import Config, ConfigError
-from reco_fast.evaluate import load_run
-from reco_fast.model_card import model_card
+from reco_fast.errors import ConfigError
+from reco_fast.evaluation.model_card import model_card
+from reco_fast.run.files import check_output, whole_file
+from reco_fast.run.run_folder import load_run
+from reco_fast.settings import command_line
+from reco_fast.settings.config import Config
 
 Format = Literal["safetensors", "torchvision", "timm", "onnx"]
 SUFFIXES: dict[str, tuple[str, ...]] = {
@@ -100,7 +99,7 @@ def find_blueprint(
     if not known:
         return None
     images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
-    expected = features_of(backbone, images)
+    expected = backbone_outputs(backbone, images)
     # Transformers are built for one image size; convolutional nets do not take the argument.
     candidates: list[dict[str, Any]] = [{}] if library == "torchvision" else [{}, {"img_size": image_size}]
     for options in candidates:
@@ -109,7 +108,7 @@ def find_blueprint(
             blueprint = Blueprint(library, name, options, _edits(library, fresh, backbone))
             model = blueprint.build()
             model.load_state_dict(backbone.state_dict())
-            features = features_of(model, images)
+            features = backbone_outputs(model, images)
         except Exception:  # whatever a third-party constructor or forward raises, this is not how to build it
             continue
         if features.shape == expected.shape and (features - expected).abs().max() <= TOLERANCE * expected.abs().max():
@@ -141,14 +140,16 @@ def _edits(library: str, fresh: nn.Module, backbone: nn.Module) -> dict[str, nn.
 
 
 @torch.no_grad()
-def features_of(model: nn.Module, images: Tensor) -> Tensor:
+def backbone_outputs(model: nn.Module, images: Tensor) -> Tensor:
     """`model`'s features [n, F] float32 in eval mode, which it is left in."""
     return model.eval()(images)
 
 
 def main() -> NoReturn:
-    cli.run(
-        lambda: export(cli.parse(ExportCommand, sys.argv[1:], prog="python -m reco_fast.export", description=__doc__))
+    command_line.run(
+        lambda: export(
+            command_line.parse(ExportCommand, sys.argv[1:], prog="python -m reco_fast.export", description=__doc__)
+        )
     )
 
 
@@ -164,7 +165,7 @@ def export(command: ExportCommand) -> int:
         config,
         which=command.which,
         format=command.format,
-        width=features_of(backbone, torch.zeros(2, 3, config.data.image_size, config.data.image_size)).shape[1],
+        width=backbone_outputs(backbone, torch.zeros(2, 3, config.data.image_size, config.data.image_size)).shape[1],
         code=loading_code(command.format, blueprint, command.output.name),
     )
     card_path = command.output.with_name(f"{command.output.name}.md")
@@ -248,35 +249,6 @@ def write_onnx(backbone: nn.Module, config: Config, path: Path) -> None:
         raise ConfigError(f"--format onnx: {config.model.arch} cannot be written as ONNX: {reason}") from None
     assert program is not None
     program.save(path, external_data=False)
-
-
-def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
-    """Raises ConfigError for another suffix, or where a folder stands in the way."""
-    if path.suffix not in suffixes:
-        raise ConfigError(f"--output: expected a file name that ends in {' or '.join(suffixes)}, got {path}")
-    if path.is_dir():
-        raise ConfigError(f"--output: expected a file, got the folder {path}")
-
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, which takes its place at the end of the block, on disk; nothing stays of a
-    block that fails. Makes the folder. Raises ConfigError where it cannot be written."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    except OSError as error:
-        raise ConfigError(
-            f"--output: expected a file that can be written, got {path} ({error.strerror or error})"
-        ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 if __name__ == "__main__":

@@ -7,94 +7,104 @@ import dataclasses
 import inspect
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from reco_fast import checkpoint, checks, cli, distributed, quarantine, run_folder
-from reco_fast.config import Config, ConfigError
+from reco_fast import distributed
 from reco_fast.data import LabelledData, open_data, open_training_loader, recipe
-from reco_fast.diagnostics import SETTLED_STEPS, SPREAD_ROWS, Watch, chance_levels, spread
-from reco_fast.features import features_of, knn_top1, labelled_features
-from reco_fast.metrics import Meter, RunLog
+from reco_fast.errors import ConfigError
+from reco_fast.evaluation.features import features_of, knn_top1, labelled_features
+from reco_fast.method.losses import loss_runs
+from reco_fast.method.state import TrainState, build_state, fastest_precision, pick_device
+from reco_fast.method.step import METRICS, draw, scheduled, train_step
 from reco_fast.pipelines.augmentations import Recipe
-from reco_fast.pipelines.image_source import ImageSource
-from reco_fast.pipelines.loader import Batch, Loader
-from reco_fast.presets import PRESETS
+from reco_fast.pipelines.base import Batch, Loader
+from reco_fast.pipelines.sources.image_source import ImageSource
 from reco_fast.profiling.flops import utilisation_per_image
 from reco_fast.profiling.trace import region, trace
-from reco_fast.state import TrainState, build_state, pick_device
-from reco_fast.step import METRICS, draw, scheduled, train_step
-from reco_fast.stop import StopRequest
-from reco_fast.typed import as_dataclass, one_line
-from reco_fast.wandb_log import wandb_beside
+from reco_fast.run import checkpoint, quarantine, run_folder
+from reco_fast.run.arguments import CONFIG_HELP, preset_and_rest
+from reco_fast.run.diagnostics import SETTLED_STEPS, SPREAD_ROWS, Finding, Watch, chance_levels, spread
+from reco_fast.run.meter import Meter
+from reco_fast.run.report import RunLog, wandb_beside
+from reco_fast.settings import command_line
+from reco_fast.settings.config import Config
+from reco_fast.settings.presets import PRESETS
+from reco_fast.settings.typed import as_dataclass, one_line
 
 SAMPLE = 2048  # training images whose features are looked at where there are no labels
 MANY_SKIPPED = 20  # steps in a row without a finite gradient, after which a run gives up
 
 
 def main() -> NoReturn:
-    cli.run(lambda: train(*parse(sys.argv[1:])))
+    command_line.run(lambda: train(*parse(sys.argv[1:])))
 
 
-def parse(argv: Sequence[str]) -> tuple[str, Config]:
-    """The preset's name (quickstart unless the first word names one) and the configuration."""
-    preset, default, rest = preset_and_rest(argv)
-    prog, expectation = f"python -m reco_fast.train {preset}", inspect.cleandoc(PRESETS[preset][1])
-    return preset, cli.parse(Config, rest, prog=prog, description=expectation, default=default)
+def parse(argv: Sequence[str]) -> tuple[Config, str]:
+    """The configuration, and the preset's name (quickstart unless the first word names one)."""
+    name, default, rest = preset_and_rest(argv)
+    prog, expectation = f"python -m reco_fast.train {name}", inspect.cleandoc(PRESETS[name][1])
+    description = f"{expectation}\n\n{CONFIG_HELP}"
+    return command_line.parse(Config, rest, prog=prog, description=description, default=default), name
 
 
-def preset_and_rest(argv: Sequence[str]) -> tuple[str, Config, Sequence[str]]:
-    """The preset's name, its configuration and the other arguments. Raises ConfigError for an unknown name."""
-    preset, rest = ("quickstart", argv) if not argv or argv[0].startswith("-") else (argv[0], argv[1:])
-    if preset not in PRESETS:
-        raise ConfigError(f"{preset}: expected a preset, one of {', '.join(PRESETS)}")
-    return preset, PRESETS[preset][0], rest
+def train(config: Config, name: str = "run", on_metrics: Callable[[dict[str, Any]], None] | None = None) -> Path:
+    """A whole run, or the rest of one that was stopped. Returns its folder: `--run.dir`, or else one in runs/ called
+    `name`. `on_metrics` is given each line of metrics.jsonl as it is written, on rank 0.
 
-
-def train(preset: str, config: Config) -> int:
-    """A whole run. Everything a user can get wrong is found before the run folder is touched."""
+    Raises ConfigError or DataError for a user's mistake, which is found before the folder is touched.
+    """
     device = pick_device(config.train.device)
     with distributed.process_group(device):
-        checks.fit_ranks(config)
-        checks.loss_runs(config, device)
+        distributed.fit_ranks(config)
+        loss_runs(config.loss.impl, config.model.projection_dim, device)
         config, source, labelled = open_data(config)
         state = build_state(config, device)
-        folder, resume_from = run_folder.choose(config, preset)
+        folder, resume_from = run_folder.choose(config, name)
         run = Run(config, source, labelled, folder, epoch_steps=len(source) / config.train.batch_size)
         done = run_folder.finished(folder)
-        if done is not None and isinstance(done.get("steps"), int) and done["steps"] >= run.stop_at:
-            if distributed.rank() == 0:
-                print(f"{folder} is finished: {done}")
-            return 0
         writes = distributed.rank() == 0
+        if done is not None and isinstance(done.get("steps"), int) and done["steps"] >= run.stop_at:
+            if writes:
+                print(f"{folder} is finished: {done}")
+            return folder
         progress = Progress() if resume_from is None else Progress.restore(resume_from, state)
-        checks.same_start(state.step, device)
+        run_folder.same_start(state.step, device)
         if writes:
-            progress.fingerprint = checks.same_images(progress.fingerprint, source, config.data.path)
+            progress.fingerprint = run_folder.same_images(progress.fingerprint, source, config.data.path)
         with run_folder.claimed(folder, config) if writes else nullcontext():
             left_out = quarantine.prepare(folder, config.data, source, labelled)
             project = config.run.wandb if writes else None
             with (
                 open_training_loader(config, source, device, state.precision, state.step) as loader,
                 wandb_beside(folder, project, config.to_json()) if project else nullcontext(),
-                RunLog(folder if writes else None, total_steps=run.stop_at, first_step=state.step) as log,
+                RunLog(folder if writes else None, run.stop_at, state.step, on_metrics) as log,
                 checkpoint.Writer(folder / "checkpoints") as writer,
-                StopRequest() as stop,
+                distributed.StopRequest() as stop,
             ):
-                log.say(f"{folder}: {config.loss.objective} with {config.model.arch} on {len(source)} images, {device}")
-                for line in left_out:
+                for line in (introduction(run, state), *left_out):
                     log.say(line)
                 if labelled is None:
                     log.say("no --data.val-path with images by class: no kNN evaluation, only losses")
                 loop(run, state, progress, loader, log, writer, stop)
-    return 0
+    return folder
+
+
+def introduction(run: "Run", state: TrainState) -> str:
+    """What is trained, on what, where, and in which precision."""
+    config, device = run.config, state.device
+    number = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[state.precision]
+    if config.train.precision == "auto":
+        number += f" ({fastest_precision(device)[1]})"
+    images = f"{len(run.source)} images"
+    return f"{run.folder}: {config.loss.objective} with {config.model.arch} on {images}, {device} in {number}"
 
 
 @dataclass(frozen=True)
@@ -123,6 +133,11 @@ class Run:
 
     def epoch(self, step: int) -> float:
         return step / self.epoch_steps
+
+    def saves_at(self, step: int) -> bool:
+        """Whether a checkpoint is due by the number of the step."""
+        every = self.config.run.checkpoint_steps
+        return every is not None and step % every == 0
 
     def due(self, step: int, every_epochs: float) -> bool:
         """Whether a multiple of `every_epochs` was passed with this step."""
@@ -178,22 +193,19 @@ def loop(
     loader: Loader,
     log: RunLog,
     writer: checkpoint.Writer,
-    stop: StopRequest,
+    stop: distributed.StopRequest,
 ) -> None:
     """Fetch, step, log, evaluate, checkpoint; from `state.step` to the end or to a request to stop."""
-    config = run.config
+    config, profile = run.config, run.config.profile
     if state.step == 0:
-        progress.knn_top1_initial = progress.knn_top1 = evaluate(run, state, progress, log)
-    meter = Meter(state.device)
-    saved_at = time.monotonic()
-    agreement = distributed.Agreement()
+        progress.knn_top1_initial = progress.knn_top1 = evaluate_student(run, state, progress, log)
+    meter, agreement = Meter(state.device), distributed.Agreement()
     sums = torch.tensor(progress.sums, device=state.device)
-    batches = iter(loader)
-    profile = config.profile
     utilisation = utilisation_per_image(state, config) if profile.enabled else None
     traces = run.folder / "tensorboard" if profile.enabled else None
+    batches, saved_at, stopping = iter(loader), time.monotonic(), False
     with trace(traces, wait=profile.wait, warmup=profile.warmup, active=profile.active) as profiler:
-        while state.step < run.stop_at:
+        while state.step < run.stop_at and not stopping:
             with meter.waiting(), region("data_wait"):
                 batch = next(batches)
             if state.step == 0:
@@ -206,47 +218,68 @@ def loop(
             log.advance(state.step)
 
             ended = state.step == run.stop_at
-            logs = ended or state.step % config.run.log_every == 0
-            if logs:
-                steps = progress.summed_steps
-                values = averages(sums, progress)
-                values |= context(run, state, values, steps)
-                findings = progress.watch.reading(values, config, settled=run.settled(state.step))
-                times = meter.step_times()
-                rate, waited = meter.read()
-                log.train(
-                    {"step": state.step, "epoch": run.epoch(state.step)}
-                    | values
-                    | {"lr": schedule.lr, "images_per_second": rate, "data_wait_fraction": waited}
-                    | times
-                    | ({} if utilisation is None else {"model_flops_utilisation": rate * utilisation}),
-                    findings,
-                )
+            if ended or state.step % config.run.log_every == 0:
+                log.train(*reading(run, state, progress, sums, meter, schedule.lr, utilisation))
             if ended or run.due(state.step, config.eval.every):
                 profiler.finish()
                 progress.add(meter)
-                progress.knn_top1 = evaluate(run, state, progress, log)
+                progress.knn_top1 = evaluate_student(run, state, progress, log)
                 meter.restart()
             late = time.monotonic() - saved_at > 60 * config.run.checkpoint_minutes
             stopping, overdue = agreement.any(stop.signal_name is not None, late)
-            at_step = config.run.checkpoint_steps is not None and state.step % config.run.checkpoint_steps == 0
-            if ended or stopping or overdue or at_step:
+            if ended or stopping or overdue or run.saves_at(state.step):
                 progress.add(meter)
-                progress.sums = (distributed.sum_over_ranks(sums) / distributed.world_size()).tolist()
-                sums = torch.tensor(progress.sums, device=state.device)
-                if distributed.rank() == 0:
-                    writer.save(state, dataclasses.asdict(progress))
-                bad = [f"{one_line(name)}\t{one_line(reason)}" for name, reason in loader.bad_images.items()]
-                log.bad_images(distributed.gather_lines(bad, state.device))
+                save(state, progress, sums, loader, log, writer)
                 saved_at = time.monotonic()
                 agreement.forget()
             profiler.step()
-            if stopping and not ended:
-                writer.wait()
-                why = stop.signal_name or "a signal to another rank"
-                log.say(f"stopped at step {state.step} ({why}); go on with --run.dir {run.folder}")
-                return
     writer.wait()
+    if state.step >= run.stop_at:
+        say_end(run, state, progress, log)
+    else:
+        why = stop.signal_name or "a signal to another rank"
+        log.say(f"stopped at step {state.step} ({why}); go on with --run.dir {run.folder}")
+
+
+def reading(
+    run: Run,
+    state: TrainState,
+    progress: Progress,
+    sums: Tensor,
+    meter: Meter,
+    lr: float,
+    utilisation: float | None,
+) -> tuple[dict[str, float], list[Finding]]:
+    """What the steps since the last reading were like, as `RunLog.train` takes it, and what is wrong by it.
+
+    `utilisation`: of the device's peak rate, for each image a second; None where nobody asked.
+    """
+    steps = progress.summed_steps
+    values = averages(sums, progress)
+    values |= context(run, state, values, steps)
+    findings = progress.watch.reading(values, run.config, settled=run.settled(state.step))
+    times = meter.step_times()
+    rate, waited = meter.read()
+    speed = {"lr": lr, "images_per_second": rate, "data_wait_fraction": waited} | times
+    if utilisation is not None:
+        speed["model_flops_utilisation"] = rate * utilisation
+    return {"step": state.step, "epoch": run.epoch(state.step)} | values | speed, findings
+
+
+def save(
+    state: TrainState, progress: Progress, sums: Tensor, loader: Loader, log: RunLog, writer: checkpoint.Writer
+) -> None:
+    """Begin to write a checkpoint, and list the bad images met so far. On all ranks together."""
+    progress.sums = (distributed.sum_over_ranks(sums) / distributed.world_size()).tolist()
+    sums.copy_(torch.tensor(progress.sums))
+    if distributed.rank() == 0:
+        writer.save(state, dataclasses.asdict(progress))
+    bad = [f"{one_line(name)}\t{one_line(reason)}" for name, reason in loader.bad_images.items()]
+    log.bad_images(distributed.gather_lines(bad, state.device))
+
+
+def say_end(run: Run, state: TrainState, progress: Progress, log: RunLog) -> None:
+    """The last line of metrics.jsonl, and what to do next."""
     log.end(
         {
             "epochs": run.epoch(state.step),
@@ -257,7 +290,8 @@ def loop(
             "knn_top1": progress.knn_top1,
         }
     )
-    log.say(f"done; python -m reco_fast.embed {run.folder} --data.path {config.data.path} --output features.npz")
+    path = run.config.data.path
+    log.say(f"done; python -m reco_fast.embed {run.folder} --data.path {path} --output features.npz")
 
 
 def context(run: Run, state: TrainState, values: dict[str, float], steps: int) -> dict[str, float]:
@@ -295,7 +329,7 @@ def averages(sums: Tensor, progress: Progress) -> dict[str, float]:
     return values
 
 
-def evaluate(run: Run, state: TrainState, progress: Progress, log: RunLog) -> float | None:
+def evaluate_student(run: Run, state: TrainState, progress: Progress, log: RunLog) -> float | None:
     """Log how good the student's backbone is. Returns its kNN top-1 in percent; None without labelled images."""
     config, backbone = run.config, state.student.backbone
     top1, findings = None, []

@@ -91,7 +91,7 @@ def profiled(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     run = tmp_path_factory.mktemp("profiled") / "run"
     options = ["--data.path", str(photographs), "--run.dir", str(run), "--train.epochs", "2", "--run.log-every", "2"]
     profile = f"--profile.enabled --profile.wait 1 --profile.warmup 1 --profile.active {PROFILED_STEPS}".split()
-    assert train.train(*train.parse(["cifar10", *SMALL, *options, *profile])) == 0
+    train.train(*train.parse(["cifar10", *SMALL, *options, *profile]))
     return run
 
 

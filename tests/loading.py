@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from reco_fast.pipelines.augmentations import Recipe, ViewRecipe
-from reco_fast.pipelines.image_source import ImageSource
-from reco_fast.pipelines.loader import Batch, Loader, open_loader
+from reco_fast.pipelines.base import Batch, Loader
+from reco_fast.pipelines.loader import open_loader
 from reco_fast.pipelines.order import TrainingOrder
+from reco_fast.pipelines.sources.image_source import ImageSource
 
 __all__ = ["HAS_DALI", "LOADERS", "both_loaders", "levels", "needs_dali", "take", "tiny", "training"]
 

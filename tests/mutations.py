@@ -67,13 +67,15 @@ def caught_by(mutation: str) -> str:
         assert changed == 1, f"the mutation no longer applies: {mutation}"
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", "not mutat"]
         done = subprocess.run(
-            [*command, "tests/test_relation_loss.py"],
+            [*command, "tests/kernels/test_relation_loss.py"],
             cwd=folder,
             env={**os.environ, "PYTHONPATH": folder},
             capture_output=True,
             text=True,
         )
-        found = re.search(r"^FAILED tests/test_relation_loss.py::(.+?)(?: - |$)", done.stdout, flags=re.MULTILINE)
+        found = re.search(
+            r"^FAILED tests/kernels/test_relation_loss.py::(.+?)(?: - |$)", done.stdout, flags=re.MULTILINE
+        )
         return f"`{found[1]}`" if found else f"nothing: {done.stdout[-300:]}"
 
 

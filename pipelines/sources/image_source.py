@@ -1,0 +1,101 @@
+"""What every source of encoded images is to the loaders."""
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["IMAGE_SUFFIXES", "ImageSource", "cache_folder", "stamp_of"]
+
+_SUFFIXES = "jpg jpeg jpe jfif png webp bmp dib tif tiff gif ppm pgm pbm pnm jp2 j2k avif"
+IMAGE_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
+
+
+class PackedNames(Sequence[str]):
+    """An immutable list of strings in one block of memory: a million names cost their letters and 8 bytes each, and
+    reading them in a forked worker copies no page."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        encoded = [os.fsencode(name) for name in names]  # file names need not be valid UTF-8
+        self._letters = b"".join(encoded)
+        self._ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        return os.fsdecode(self._letters[self._ends[index] : self._ends[index + 1]])
+
+    def digest(self) -> bytes:
+        return hashlib.sha256(self._letters + self._ends.tobytes()).digest()
+
+
+class ImageSource(ABC):
+    """Encoded images by index; may be read from many threads and processes at once."""
+
+    names: PackedNames
+    """Of each image: its path below the opened one, `/` between parts. Unique, sorted."""
+    labels: NDArray[np.int64] | None
+    """[len] class numbers, or None where the images have no classes."""
+    classes: list[str]
+    """Class names by number; empty without labels."""
+    unreadable: dict[str, str]
+    """Folders and shards that could not be listed to their end: name → reason."""
+    known_bad: dict[int, str]
+    """Images that loaders leave out unread: index → reason."""
+    journal: Path | None
+    """Folder in which loaders note what they decode; None for nowhere."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = PackedNames(names)
+        self.labels = None
+        self.classes = []
+        self.unreadable = {}
+        self.known_bad = {}
+        self.journal = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @abstractmethod
+    def read(self, index: int) -> bytes:
+        """The file's bytes. Raises OSError where they cannot be had."""
+
+    @abstractmethod
+    def stamp(self, index: int) -> tuple[int, int]:
+        """Size in bytes and time of change in ns, of the shard where the image is in one; (-1, 0) where neither can be
+        had."""
+
+    @abstractmethod
+    def sizes(self) -> NDArray[np.int64]:
+        """[len] Bytes of each image; -1 where they cannot be had."""
+
+    def fingerprint(self) -> str:
+        """A hash of all names and sizes, 32 hexadecimal digits: equal only for the same data in the same order."""
+        return hashlib.sha256(self.names.digest() + self.sizes().tobytes()).hexdigest()[:32]
+
+
+def stamp_of(path: str) -> tuple[int, int]:
+    """Size in bytes and time of change in ns of a file; (-1, 0) where they cannot be had."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return -1, 0
+    return status.st_size, status.st_mtime_ns
+
+
+def cache_folder() -> Path:
+    """Where things are kept that can be had again: `$XDG_CACHE_HOME/reco_fast` or `~/.cache/reco_fast`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reco_fast"

@@ -1,0 +1,71 @@
+"""Where encoded images come from: `open_source` knows by its path or name what a data set is."""
+
+import os
+import re
+from collections.abc import Iterator
+from glob import glob, has_magic
+from itertools import product
+from pathlib import Path
+
+from reco_fast.errors import DataError
+from reco_fast.pipelines.sources.folders import open_folder
+from reco_fast.pipelines.sources.image_source import ImageSource
+from reco_fast.pipelines.sources.shards import TarSource
+
+__all__ = ["open_source"]
+
+
+def open_source(path: str | os.PathLike[str]) -> ImageSource:
+    """Open a folder of images, a `.tar` file, a folder of `.tar` files, or a pattern of them such as
+    `train-{0000..0127}.tar` or `train-*.tar`; `hf:NAME[:SPLIT]` of Hugging Face; or, where nothing has this path,
+    `cifar10[:test]` or `stl10[:test|:unlabeled]`.
+
+    Raises:
+        DataError: there is nothing at `path`, or no image in it.
+    """
+    text = os.fspath(path)
+    if text.startswith("hf:"):
+        from reco_fast.pipelines.sources.hugging_face import open_hugging_face
+
+        return open_hugging_face(text.removeprefix("hf:"))
+    place = Path(text).expanduser()
+    if place.is_dir():
+        return open_folder(place)
+    if place.is_file():
+        if place.suffix.lower() != ".tar":
+            raise DataError(f"{text}: expected a folder of images or uncompressed .tar shards, got a file")
+        return TarSource([place])
+    if has_magic(text) or re.search(r"\{.*\}", text):
+        shards = sorted(_expand(os.path.expanduser(text)))
+        if not shards:
+            raise DataError(f"{text}: expected .tar files, no file matches this pattern")
+        for shard in shards:
+            if not shard.is_file():
+                raise DataError(f"{shard}: expected a .tar file, there is none")
+        return TarSource(shards)
+    from reco_fast.pipelines.sources.named import DATA_SETS, open_named
+
+    name, _, split = text.partition(":")
+    if name in DATA_SETS:
+        return open_named(name, split)
+    raise DataError(f"{text}: expected a folder of images or .tar shards, there is nothing at this path")
+
+
+def _expand(pattern: str) -> Iterator[Path]:
+    """Braces (`{a,b}`, `{000..127}`) first, as a shell does, then `*`, `?` and `[…]`."""
+    parts = re.split(r"\{([^{}]*)\}", pattern)
+    choices = [[part] if place % 2 == 0 else _alternatives(part) for place, part in enumerate(parts)]
+    for words in product(*choices):
+        name = "".join(words)
+        if has_magic(name):
+            yield from map(Path, glob(name))
+        else:
+            yield Path(name)
+
+
+def _alternatives(braces: str) -> list[str]:
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", braces)
+    if not numbers:
+        return braces.split(",")
+    first, last = numbers.groups()
+    return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]

@@ -1,0 +1,197 @@
+"""What `embed` writes: parts that survive an interruption, and the features as .npz, Parquet or a Projector folder."""
+
+import importlib
+import os
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import ImageOps
+from torch.utils.tensorboard import SummaryWriter
+
+from reco_fast.errors import ConfigError
+from reco_fast.pipelines.images import decode_image
+from reco_fast.pipelines.sources.image_source import ImageSource
+from reco_fast.run.files import whole_file, write_text
+from reco_fast.settings.typed import one_line
+
+PROJECTOR_IMAGES = 5000  # TensorBoard's Projector becomes slow above
+THUMBNAIL = 48  # pixels a side; the sprite of 71 × 71 stays within the 8,192 that browsers take
+
+
+class Embeddings(NamedTuple):
+    """`features` [n, F] float32; `indices` [n] int64, places in the source, ascending; `bad`: name → reason."""
+
+    features: NDArray[np.float32]
+    indices: NDArray[np.int64]
+    bad: dict[str, str]
+
+
+class Part:
+    """Results of consecutive batches, from batch `first` on."""
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+        self.end = first
+        self.images = 0
+        self.features: list[NDArray[np.float32]] = []
+        self.indices: list[NDArray[np.int64]] = []
+        self.bad: dict[str, str] = {}
+
+    def add(self, features: NDArray[np.float32], indices: NDArray[np.int64], bad: dict[str, str]) -> None:
+        """One batch: `features` [m, F] of the images at `indices` [m], and those left out as name → reason."""
+        self.features.append(features)
+        self.indices.append(indices)
+        self.bad |= bad
+        self.end += 1
+        self.images += len(indices) + len(bad)
+
+
+class Parts:
+    """Parts as files in a folder beside the output; those of other work than `fingerprint` says are removed.
+
+    `steps` and `images`: how many batches and images are done. Raises ConfigError where the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self._folder = folder
+        self._label = folder / "fingerprint.txt"
+        self.steps = 0
+        self.images = 0
+        self._paths: list[Path] = []
+        if self._label.is_file() and self._label.read_text(encoding="utf-8") == fingerprint:
+            for path in sorted(folder.glob("part-*.npz")):
+                self._take(path)
+        else:
+            self.remove()
+            with whole_file(self._label) as label:
+                label.write_text(fingerprint, encoding="utf-8")
+
+    def _take(self, path: Path) -> None:
+        """Go on after this part if it is whole and follows the last one."""
+        _, first, end = path.stem.split("-")
+        if int(first) == self.steps:
+            try:
+                with np.load(path) as arrays:
+                    images = len(arrays["indices"]) + len(arrays["bad_names"])
+            except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+                return
+            self.steps = int(end)
+            self.images += images
+            self._paths.append(path)
+
+    def add(self, part: Part) -> None:
+        if part.end == part.first:
+            return
+        path = self._folder / f"part-{part.first:09d}-{part.end:09d}.npz"
+        with whole_file(path) as temporary, open(temporary, "wb") as file:
+            np.savez(
+                file,
+                features=np.concatenate(part.features),
+                indices=np.concatenate(part.indices),
+                bad_names=np.array(list(part.bad), dtype=np.str_),
+                bad_reasons=np.array(list(part.bad.values()), dtype=np.str_),
+            )
+        self._paths.append(path)
+        self.steps = part.end
+        self.images += part.images
+
+    def join(self, bad: dict[str, str]) -> Embeddings:
+        """All parts as one; `bad` is what is already known to be unreadable."""
+        indices, rows = [], 0
+        for path in self._paths:
+            with np.load(path) as arrays:
+                indices.append(arrays["indices"])
+        joined = np.concatenate(indices)
+        features: NDArray[np.float32] | None = None
+        for path in self._paths:
+            with np.load(path) as arrays:
+                part = arrays["features"]
+                if features is None:
+                    features = np.empty((len(joined), part.shape[1]), np.float32)
+                features[rows : rows + len(part)] = part
+                rows += len(part)
+                bad = bad | dict(zip(arrays["bad_names"].tolist(), arrays["bad_reasons"].tolist(), strict=True))
+        assert features is not None
+        return Embeddings(features, joined, bad)
+
+    def remove(self) -> None:
+        """The folder and what this class wrote into it."""
+        if self._folder.is_dir():
+            for path in (self._label, *self._folder.glob("part-*.npz*")):
+                path.unlink(missing_ok=True)
+            if not any(self._folder.iterdir()):
+                self._folder.rmdir()
+
+
+def write_npz(path: Path, found: Embeddings, source: ImageSource) -> None:
+    arrays: dict[str, Any] = {"features": found.features, "paths": np.array(paths(found, source))}
+    if source.labels is not None:
+        arrays |= {"labels": source.labels[found.indices], "classes": np.array(source.classes)}
+    with open(path, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def write_parquet(path: Path, found: Embeddings, source: ImageSource) -> None:
+    arrow: Any = importlib.import_module("pyarrow")
+    parquet: Any = importlib.import_module("pyarrow.parquet")
+    width = found.features.shape[1]
+    columns = {
+        "path": arrow.array([printable(name) for name in paths(found, source)]),
+        "features": arrow.FixedSizeListArray.from_arrays(arrow.array(found.features.reshape(-1)), width),
+    }
+    if source.labels is not None:
+        labels = source.labels[found.indices]
+        columns |= {
+            "label": arrow.array(labels),
+            "class": arrow.array([printable(source.classes[n]) for n in labels.tolist()]),
+        }
+    parquet.write_table(arrow.table(columns), path)
+
+
+def write_projector(folder: Path, found: Embeddings, source: ImageSource, *, workers: int) -> None:
+    """What `tensorboard --logdir FOLDER` shows in its Projector tab, of evenly chosen images where there are many."""
+    rows = np.linspace(0, len(found.features) - 1, min(len(found.features), PROJECTOR_IMAGES)).astype(np.int64)
+
+    def thumbnail(index: int) -> NDArray[np.uint8]:
+        return np.asarray(ImageOps.fit(decode_image(source.read(index)), (THUMBNAIL, THUMBNAIL)))
+
+    with ThreadPoolExecutor(workers) as pool:
+        images = np.stack(list(pool.map(thumbnail, found.indices[rows].tolist())))
+    names = [one_line(printable(source.names[index])) for index in found.indices[rows].tolist()]  # a TSV file
+    metadata: list[Any] = names
+    header = None
+    if source.labels is not None:
+        classes = [one_line(printable(source.classes[n])) for n in source.labels[found.indices[rows]].tolist()]
+        metadata, header = [list(row) for row in zip(names, classes, strict=True)], ["path", "class"]
+    try:
+        with SummaryWriter(str(folder)) as writer:
+            pictures = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+            writer.add_embedding(found.features[rows], metadata=metadata, metadata_header=header, label_img=pictures)
+    except OSError as error:
+        raise ConfigError(
+            f"--projector: expected a folder that can be written, got {folder} ({error.strerror})"
+        ) from None
+    print(f"tensorboard --logdir {folder} shows {len(rows):,} of them in its Projector tab")
+
+
+def name_bad_images(path: Path, bad: dict[str, str]) -> None:
+    """A line each; no file where all were good."""
+    path.unlink(missing_ok=True)
+    if bad:
+        lines = [f"{one_line(printable(name))}\t{one_line(reason)}\n" for name, reason in sorted(bad.items())]
+        write_text(path, "".join(lines))
+        print(f"left out as unreadable: {len(bad)}, named in {path}, such as {lines[0].rstrip()}")
+
+
+def paths(found: Embeddings, source: ImageSource) -> list[str]:
+    return [source.names[index] for index in found.indices.tolist()]
+
+
+def printable(name: str) -> str:
+    """A file name as UTF-8 can hold it."""
+    return os.fsencode(name).decode("utf-8", "replace")

@@ -1,0 +1,177 @@
+"""All that changes while a run trains, and the same modules as the step calls them."""
+
+import contextlib
+import copy
+import os
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from reco_fast import distributed
+from reco_fast.errors import ConfigError
+from reco_fast.method.cuda_graph import CudaBackend, Graphed
+from reco_fast.method.model import Encoder, MemoryBank, build_encoder
+from reco_fast.method.norms import NormBuffers, batch_norms
+from reco_fast.method.optim import build_optimizer
+from reco_fast.method.passes import Passes, TeacherUpdate, follow_mode, running_student, running_teacher
+from reco_fast.settings.config import Config
+
+
+@dataclass
+class TrainState:
+    """`student`, `teacher`, `bank`, `optimizer`, `scaler` and `step` are what a checkpoint holds.
+
+    `run_student` and `run_teacher` (views to a tuple of embeddings) are what a step calls: modules of the same tensors,
+    but for the teacher's weights in the run's precision, compiled and under DistributedDataParallel where the run asks
+    for it.
+    """
+
+    student: Encoder
+    teacher: Encoder
+    bank: MemoryBank
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    run_student: nn.Module
+    run_teacher: nn.Module
+    update_teacher: TeacherUpdate
+    norm_buffers: NormBuffers
+    device: torch.device
+    precision: torch.dtype
+    relation_weight: Tensor
+    """Of the step under way: a factor of both relations' weights, 0-d float32 on the device."""
+    graphed: Graphed | None = None
+    """Runs the step from a CUDA graph, where the run does."""
+    step: int = 0
+
+    def autocast(self) -> torch.autocast:
+        """Mixed precision for the encoders; nothing in float32."""
+        return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
+
+    def gradient_sync(self, now: bool) -> contextlib.AbstractContextManager[None]:
+        """Around a backward pass: whether its gradients are averaged over ranks or only accumulated."""
+        if isinstance(self.run_student, DistributedDataParallel) and not now:
+            return self.run_student.no_sync()
+        return contextlib.nullcontext()
+
+
+def build_state(config: Config, device: torch.device) -> TrainState:
+    """A fresh state: student and teacher start equal, on all ranks alike."""
+    check_device(config, device)
+    torch.manual_seed(config.train.seed)
+    size = config.data.image_size
+    student = build_encoder(config.model, size)
+    if config.model.key_norm != "batch" and not batch_norms(student):
+        raise ConfigError(
+            f"--model.key-norm: expected batch for {config.model.arch}, which has no batch norm, "
+            f"got {config.model.key_norm}"
+        )
+    student = student.to(device).to(memory_format=torch.channels_last)
+    precision = pick_precision(config.train.precision, device)
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    follow_mode(teacher, config.model.key_norm)
+    bank = MemoryBank(
+        config.model.bank_size,
+        config.model.projection_dim,
+        # On a CPU the loss would copy bfloat16 banks to float32 in every step.
+        dtype=torch.bfloat16 if device.type == "cuda" and precision != torch.float32 else torch.float32,
+        seed=config.train.seed,
+    ).to(device)
+
+    compiled = config.train.compile if config.train.compile is not None else device.type == "cuda"
+    # Both views in one pass only where a compiler fuses what keeps them apart: else it costs more than it saves.
+    learning = running_student(student, size, 1 + (compiled and config.loss.uses_local))
+    teaching = running_teacher(teacher, config.model, precision, size, 1 + (compiled and config.loss.uses_global))
+    # Wrappers: `student` and `teacher` stay what checkpoints and evaluation see.
+    wrap: Callable[[nn.Module], Any] = torch.compile if compiled else lambda module: module
+    run_student: nn.Module = Passes(wrap(learning.module), together=learning.together)
+    run_teacher = Passes(wrap(teaching.module), together=teaching.together)
+    if distributed.world_size() > 1:
+        # Batch-norm averages stay local (rank 0's are saved); banks and teacher are not inside and never broadcast.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of its new name, which PyTorch 2.11 does not know
+            run_student = DistributedDataParallel(run_student, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return TrainState(
+        student=student,
+        teacher=teacher,
+        bank=bank,
+        optimizer=build_optimizer(student, config.optim),
+        scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
+        run_student=run_student,
+        run_teacher=run_teacher,
+        update_teacher=TeacherUpdate(teacher, student, config.model.key_norm, teaching),
+        norm_buffers=NormBuffers(student, teacher),
+        device=device,
+        precision=precision,
+        relation_weight=torch.ones((), device=device),
+        graphed=Graphed(CudaBackend(), insist=bool(config.train.cuda_graph)) if runs_captured(config, device) else None,
+    )
+
+
+def check_device(config: Config, device: torch.device) -> None:
+    """Raises ConfigError for what needs a GPU, or one process, where it is not so."""
+    if config.optim.name.startswith("apex") and device.type != "cuda":
+        raise ConfigError(f"--optim.name: expected sgd or lars on {device.type}, got {config.optim.name}")
+    hindrance = _hindrance_to_capture(config, device)
+    if config.train.cuda_graph and hindrance:
+        raise ConfigError(f"--train.cuda-graph: expected {hindrance}")
+
+
+def runs_captured(config: Config, device: torch.device) -> bool:
+    """Whether the step is captured as a CUDA graph: where it can be, unless the run says."""
+    if config.train.cuda_graph is not None:
+        return config.train.cuda_graph
+    return _hindrance_to_capture(config, device) is None
+
+
+def _hindrance_to_capture(config: Config, device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"a CUDA device, got {device.type}"
+    if distributed.world_size() > 1:
+        return f"one rank, got {distributed.world_size()}"
+    if config.optim.name == "apex-sgd":
+        return "another --optim.name than apex-sgd, which takes its rate from the host"
+    if config.profile.enabled:
+        return "no --profile.enabled: a replayed graph has no named ranges"
+    return None
+
+
+def pick_device(name: str, flag: str = "--train.device") -> torch.device:
+    """The device of this rank. Raises ConfigError, which names `flag`, for `cuda` without CUDA."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(f"{flag}: expected cpu or auto on this machine (PyTorch finds no CUDA device), got cuda")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    torch.backends.cudnn.benchmark = True  # a run's convolutions have the same few shapes at every step
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """That a run computes in: `name` as configured, or for `auto` what `fastest_precision` says."""
+    given = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    return given[name] if name in given else fastest_precision(device)[0]
+
+
+def fastest_precision(device: torch.device) -> tuple[torch.dtype, str]:
+    """bfloat16 where the device has instructions for it, else float16 on CUDA and float32 on a CPU; and why, in a few
+    words. A CPU whose instructions oneDNN is told not to use (ONEDNN_MAX_CPU_ISA) counts as one without."""
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            return torch.bfloat16, "the GPU has matrix units for it"
+        return torch.float16, "the GPU has no matrix units for bf16"
+    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    if allowed in ("", "ALL", "DEFAULT"):
+        allowed = "AMX"
+    if torch.cpu._is_amx_tile_supported() and "AMX" in allowed:
+        return torch.bfloat16, "the CPU has AMX"
+    # What oneDNN calls AVX512_CORE_FP16 and AVX10 holds these instructions too.
+    if torch.cpu._is_avx512_bf16_supported() and re.search("BF16|FP16|AMX|AVX10", allowed):
+        return torch.bfloat16, "the CPU has AVX512_BF16"
+    return torch.float32, "the CPU has neither AMX nor AVX512_BF16"

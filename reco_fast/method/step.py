@@ -1,0 +1,236 @@
+"""One training step, in the order in which it happens, and the random numbers that it uses.
+
+Nothing is drawn from hidden state: every number follows from (seed, step, part, rank), so a resumed run repeats them.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reco_fast import distributed
+from reco_fast.kernels.reference import unit
+from reco_fast.method.losses import reco_loss
+from reco_fast.method.optim import learning_rate, ramp, set_learning_rate
+from reco_fast.method.passes import teacher_forward
+from reco_fast.method.state import TrainState
+from reco_fast.profiling.trace import region
+from reco_fast.settings.config import Config, LossConfig
+
+METRICS = (
+    "loss",
+    "loss_instance",
+    "loss_global",
+    "loss_local",
+    "teacher_entropy",
+    "positive_similarity",
+    "negative_similarity",
+    "feature_mean_norm",
+    "feature_std",
+    "skipped_steps",
+)
+
+
+class Draws(NamedTuple):
+    """The random part of one step on one rank, on the device.
+
+    permutation: [n] int64, image i is mixed with image `permutation[i]`.
+    mix_weights: [H, W] float32, the share of image i itself in each pixel: a constant for mixup, 0 in the pasted
+        box and 1 around it for cutmix. Its mean is λ.
+    shuffle: [n] or [global n] int64 for a teacher that normalises over shuffled groups, else None.
+    """
+
+    permutation: Tensor
+    mix_weights: Tensor
+    shuffle: Tensor | None
+
+
+class Schedule(NamedTuple):
+    """What changes from step to step."""
+
+    lr: float
+    relation_weight: float
+
+
+def scheduled(step: int, total_steps: int, config: Config) -> Schedule:
+    """The schedules of a run of `total_steps` at one step."""
+    warmup = round(total_steps * config.optim.warmup_epochs / config.train.epochs)
+    peak = config.optim.lr * config.train.batch_size / 256
+    return Schedule(
+        lr=learning_rate(step, total_steps, warmup, peak),
+        relation_weight=ramp(step, total_steps, config.loss.ramp),
+    )
+
+
+def draw(step: int, rows: int, config: Config, device: torch.device) -> list[Draws]:
+    """The draws of this rank's `rows` images at `step`, one for each accumulated part."""
+    parts = config.train.accumulate
+    drawn = []
+    for part in range(parts):
+        own = np.random.default_rng((config.train.seed, step, part, distributed.rank()))
+        common = np.random.default_rng((config.train.seed, step, part))
+        count = rows // parts
+        shuffle = None
+        if config.model.key_norm == "split":
+            shuffle = own.permutation(count)
+        elif config.model.key_norm == "shuffle":
+            shuffle = common.permutation(count * distributed.world_size())
+        drawn.append(
+            Draws(
+                _to_device(own.permutation(count), device),
+                _to_device(mix_weights(own, config.loss, config.data.image_size), device),
+                None if shuffle is None else _to_device(shuffle, device),
+            )
+        )
+    return drawn
+
+
+def mix_weights(rng: np.random.Generator, config: LossConfig, size: int) -> np.ndarray:
+    """Pixel weights [size, size] float32 of one cutmix (arXiv 1905.04899) or mixup (arXiv 1710.09412) draw."""
+    ratio = rng.beta(config.mix_alpha, config.mix_alpha)
+    use_cutmix = rng.random() < 0.5 if config.mix == "both" else config.mix == "cutmix"
+    if not use_cutmix:
+        return np.full((size, size), ratio, dtype=np.float32)
+    half = int(size * np.sqrt(1 - ratio)) // 2
+    y, x = rng.integers(size, size=2)
+    weights = np.ones((size, size), dtype=np.float32)
+    weights[max(0, y - half) : y + half, max(0, x - half) : x + half] = 0
+    return weights
+
+
+def mix_pixels(images: Tensor, others: Tensor, draws: Draws) -> Tensor:
+    """`w·images + (1−w)·others[π]` for channels-last images [n, 3, H, W] and pixel weights w [H, W]."""
+    # Indexing the [n, H, W, 3] view keeps the memory format; indexing [n, 3, H, W] itself would not.
+    shuffled = others.permute(0, 2, 3, 1)[draws.permutation].permute(0, 3, 1, 2)
+    return torch.lerp(shuffled, images, draws.mix_weights.to(images.dtype))
+
+
+def train_step(
+    state: TrainState, config: Config, views: tuple[Tensor, ...], draws: list[Draws], schedule: Schedule
+) -> Tensor:
+    """One optimizer step on this rank's views (two strong ones, and a weak one if the global relation is on).
+
+    Where a gradient is not finite, the step counts as skipped: student, teacher, momentum and banks stay bit for bit as
+    they were, alike on all ranks.
+    Returns `METRICS` [len(METRICS)] float32 on the device, zeros but for the last in a skipped step; nothing waits
+    for the device.
+    """
+    set_learning_rate(state.optimizer, schedule.lr)
+    state.relation_weight.fill_(schedule.relation_weight)
+    torch.manual_seed(hash((config.train.seed, state.step, distributed.rank())) % 2**63)  # for dropout in a backbone
+    compute = partial(_compute, state, config)
+    metrics = compute(views, draws) if state.graphed is None else state.graphed(compute, views, draws)
+    state.step += 1
+    return metrics
+
+
+def _compute(state: TrainState, config: Config, views: tuple[Tensor, ...], draws: list[Draws]) -> Tensor:
+    """All of a step that happens on the device, as a function of tensors alone: a CUDA graph can repeat it."""
+    parts = len(draws)
+    metrics, keys = [], []
+    norms_before = state.norm_buffers.copy()
+    for part, drawn in enumerate(draws):
+        part_views = tuple(view.chunk(parts)[part] for view in views)
+        last = part == parts - 1
+        loss, part_keys, measured = _forward(state, config, part_views, drawn)
+        with region("backward"), state.gradient_sync(last):
+            state.scaler.scale(loss / parts).backward()
+        metrics.append(measured)
+        keys.append(part_keys)
+    with region("optimizer"):
+        skipped = _apply_gradients(state)
+        state.norm_buffers.restore(norms_before, where=skipped)
+        state.norm_buffers.count(skipped, **_batches(config, parts, len(views[0]) // parts))
+    with region("moving_average"):
+        state.update_teacher(config.model.teacher_momentum, skipped)
+    with region("enqueue"):
+        rows = torch.cat(keys) if parts > 1 else keys[0]
+        rows = distributed.all_gather(_clean_rows(rows).to(state.bank.keys.dtype))  # 2 bytes a number, where it has 2
+        state.bank.enqueue(*rows.unbind(dim=1), skipped=skipped)
+    mean = torch.stack(metrics).mean(dim=0) if parts > 1 else metrics[0]
+    return torch.cat([torch.where(skipped > 0, 0.0, mean), skipped[None]])
+
+
+def _batches(config: Config, parts: int, rows: int) -> dict[str, int]:
+    """How many batches each batch norm of the student and the teacher meets in `parts` of `rows` images."""
+    groups = -(-rows // -(-rows // config.model.norm_groups)) if config.model.key_norm == "split" else 1
+    return {
+        "student": parts * (1 + config.loss.uses_local),
+        "teacher": parts * (1 + config.loss.uses_global) * groups,
+    }
+
+
+def _apply_gradients(state: TrainState) -> Tensor:
+    """Step the optimizer, or not where a gradient is not finite (0-d float32: 1), decided on the device.
+
+    Gradients are averages over ranks by now, so all ranks decide alike.
+    """
+    gradients = [p.grad for p in state.student.parameters() if p.grad is not None]
+    skipped = gradients[0].new_zeros(())
+    # The scaler's own check, with nothing to unscale: all gradients in one multi-tensor operator.
+    torch._amp_foreach_non_finite_check_and_unscale_(gradients, skipped, torch.ones_like(skipped))
+    if not state.scaler.is_enabled():  # the scaler does the same by itself
+        state.optimizer.found_inf = skipped  # type: ignore[attr-defined]
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    return skipped
+
+
+def _clean_rows(keys: Tensor) -> Tensor:
+    """Unit rows [..., D] for the banks; a key that overflowed becomes zeros and so repels nothing."""
+    rows = unit(keys)
+    # One sum tells: `unit` makes a number that is not finite NaN, and no sum of D others is.
+    return torch.where(rows.sum(dim=-1, keepdim=True).isnan(), 0.0, rows)
+
+
+def _forward(
+    state: TrainState, config: Config, views: tuple[Tensor, ...], draws: Draws
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss with its graph, the teacher's new keys (and weak keys) [n, 1 or 2, D], and the measurements, of one part."""
+    loss, model = config.loss, config.model
+    with region("teacher_forward"), torch.no_grad(), state.autocast():
+        teacher_views = views[1:] if loss.uses_global else views[1:2]
+        keys = teacher_forward(state.run_teacher, teacher_views, model.key_norm, draws.shuffle)
+    with region("student_forward"), state.autocast():
+        mixed = (mix_pixels(views[0], views[1], draws),) if loss.uses_local else ()
+        query, *query_mix = state.run_student(views[0], *mixed)
+    with region("loss"):
+        out = reco_loss(
+            query,
+            query_mix[0] if loss.uses_local else None,
+            keys[0],
+            keys[1] if loss.uses_global else None,
+            state.bank.keys,
+            state.bank.weak_keys,
+            draws.permutation,
+            draws.mix_weights.mean(),
+            temperature=loss.temperature,
+            student_temperature=loss.student_temperature,
+            teacher_temperature=loss.teacher_temperature,
+            global_weight=loss.global_weight * state.relation_weight if loss.uses_global else 0,
+            local_weight=loss.local_weight * state.relation_weight if loss.uses_local else 0,
+            mix_anchor=loss.mix_anchor,
+            impl=loss.impl,
+        )
+    health = _feature_health(query.detach(), keys[0])
+    return out.total, torch.stack(keys, dim=1), torch.stack([out.total.detach(), *out[1:], *health])
+
+
+def _feature_health(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean similarity of positives, and of queries with the other images' keys, the newest negatives; norm of the mean
+    unit embedding (1: all alike, or drifting as one); and the standard deviation of its coordinates times √D (1:
+    uniform on the sphere; 0: collapsed). All by means over rows: no N×N matrix, and no pass over the bank."""
+    both, (rows, width) = unit(torch.stack([query, key])), query.shape
+    var, mean = torch.var_mean(both, dim=1, correction=0)  # [2, D]
+    positive = both.prod(dim=0).sum() / rows
+    all_pairs = mean[0] @ mean[1]
+    negative = torch.sub(rows / max(1, rows - 1) * all_pairs, positive, alpha=1 / max(1, rows - 1))
+    return positive, negative, mean[0].norm(), var[0].sqrt().mean() * width**0.5
+
+
+def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

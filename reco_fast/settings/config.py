@@ -1,0 +1,295 @@
+"""Everything a run can be told, as frozen dataclasses that check themselves.
+
+A wrong value raises `ConfigError` with one line that names the flag, the value and what is allowed.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+
+from reco_fast.errors import ConfigError
+from reco_fast.settings.typed import as_dataclass
+
+T = TypeVar("T")
+GONE = {"train": {"convolution"}}
+"""Settings that earlier versions wrote and that change nothing that a run learns, by section."""
+
+_MOST_COUNT = 2**40  # far above what is useful, far below what overflows
+
+
+def _require(ok: bool, flag: str, value: object, expected: str) -> None:
+    if not ok or (isinstance(value, int) and value > _MOST_COUNT) or value == float("inf"):
+        raise ConfigError(f"--{flag}: expected {expected}, got {value}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: Path | None = None
+    """Training images, without labels: a folder at any depth, .tar shards, cifar10, stl10:unlabeled, hf:NAME."""
+    val_path: Path | None = None
+    """Held-out images by class for the kNN evaluation; --data.path must then be by class too."""
+    manifest: Path | None = None
+    """What reco_fast.check_images found in --data.path: its bad images are left out unread."""
+    generated: bool = False
+    """Without --data.path, train on the built-in generated images."""
+    image_size: int = 32
+    """Side of the training crops in pixels."""
+    loader: Literal["auto", "dali", "torch"] = "auto"
+    """auto takes DALI where it is installed."""
+    workers: int = 0
+    """Loader threads (DALI) or processes (torch) a rank; 0 means one for each core of this rank's share."""
+    on_bad_image: Literal["skip", "raise"] = "skip"
+    """skip replaces a file that cannot be decoded by another image and lists it in bad_images.txt."""
+
+    def __post_init__(self) -> None:
+        _require(16 <= self.image_size <= 1024, "data.image-size", self.image_size, "a size from 16 to 1024")
+        _require(0 <= self.workers <= 256, "data.workers", self.workers, "a number from 0 to 256")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    arch: str = "resnet18"
+    """Any torchvision or timm backbone; "timm/NAME" or "torchvision/NAME" where both have it (torchvision first)."""
+    stem: Literal["auto", "small", "standard"] = "auto"
+    """small: 3×3 stride 1 without pooling, for small images; auto: small up to 64 px."""
+    projection_dim: int = 128
+    """Width D of the embeddings and of the memory banks."""
+    key_norm: Literal["batch", "split", "shuffle", "ema"] = "batch"
+    """Teacher's batch norm: of its batch, of groups of it, of images shuffled between ranks, or moving averages."""
+    norm_groups: int = 8
+    """Groups a rank's batch is split into for --model.key-norm split."""
+    bank_size: int = 65536
+    """K: past embeddings in each of the two memory banks."""
+    teacher_momentum: float = 0.999
+    """The teacher becomes m·teacher + (1−m)·student after each step."""
+
+    def __post_init__(self) -> None:
+        ok = 8 <= self.projection_dim <= 65536
+        _require(ok, "model.projection-dim", self.projection_dim, "a number from 8 to 65536")
+        _require(self.norm_groups >= 2, "model.norm-groups", self.norm_groups, "2 or more")
+        _require(1 <= self.bank_size <= 2**28, "model.bank-size", self.bank_size, "a number from 1 to 2²⁸")
+        _require(0 <= self.teacher_momentum < 1, "model.teacher-momentum", self.teacher_momentum, "0 ≤ m < 1")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    objective: Literal["reco", "moco"] = "reco"
+    """moco is the instance term alone and skips the encoder passes that only the relations need."""
+    impl: Literal["auto", "triton", "sdpa", "torch"] = "auto"
+    """triton: one fused pass (CUDA); sdpa: PyTorch's attention kernels; torch: the readable definition."""
+    mix: Literal["cutmix", "mixup", "both"] = "cutmix"
+    """Pixel interpolation of the local relation; both tosses a coin each step."""
+    mix_alpha: float = 1.0
+    """λ ~ Beta(α, α)."""
+    mix_anchor: Literal["query", "key"] = "key"
+    """Own part of the mix target: the student's query (the first author's code) or the teacher's key."""
+    temperature: float = 0.2
+    """Instance and local terms."""
+    student_temperature: float = 0.1
+    """Student side of the global relation."""
+    teacher_temperature: float = 0.04
+    """Teacher side of the global relation."""
+    global_weight: float = 1.0
+    """Weight of the global distribution relation."""
+    local_weight: float = 2.0
+    """Weight of the local interpolation relation."""
+    ramp: float = 0.0
+    """Share of the training over which both relation weights grow linearly from 0."""
+
+    def __post_init__(self) -> None:
+        for name in ("mix_alpha", "temperature", "student_temperature", "teacher_temperature"):
+            _require(getattr(self, name) > 0, f"loss.{_dashed(name)}", getattr(self, name), "a number above 0")
+        for name in ("global_weight", "local_weight"):
+            _require(getattr(self, name) >= 0, f"loss.{_dashed(name)}", getattr(self, name), "0 or more")
+        _require(0 <= self.ramp <= 1, "loss.ramp", self.ramp, "a share from 0 to 1")
+
+    @property
+    def uses_global(self) -> bool:
+        return self.objective == "reco" and self.global_weight > 0
+
+    @property
+    def uses_local(self) -> bool:
+        return self.objective == "reco" and self.local_weight > 0
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    name: Literal["sgd", "lars", "apex-sgd", "apex-lamb"] = "sgd"
+    """lars for batches of 1,024 and more. apex: by NVIDIA Apex, where it is built (CUDA); docs/step.md."""
+    lr: float = 0.06
+    """Peak learning rate for a global batch of 256; scaled linearly with --train.batch-size."""
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    decay_all: bool = False
+    """Decay norm and bias parameters too, as the reference code does."""
+    warmup_epochs: float = 0.0
+    """Epochs of linear warm-up before the cosine."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "optim.lr", self.lr, "a number above 0")
+        _require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "0 ≤ momentum < 1")
+        _require(self.weight_decay >= 0, "optim.weight-decay", self.weight_decay, "0 or more")
+        _require(self.warmup_epochs >= 0, "optim.warmup-epochs", self.warmup_epochs, "0 or more")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    epochs: int = 200
+    batch_size: int = 512
+    """Global: all ranks together, and all accumulated parts."""
+    accumulate: int = 1
+    """Parts that a rank's batch is cut into, to save memory; gradients are summed before the one step."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """auto: bf16 where the device has instructions for it (on a CPU AMX or AVX512_BF16), else fp16 on CUDA, fp32 on a
+    CPU. The log says what it took and why."""
+    compile: Annotated[bool | None, tyro.conf.arg(metavar="| --train.no-compile")] = None
+    """torch.compile of the encoders. Unless said, on with CUDA and off on a CPU."""
+    cuda_graph: Annotated[bool | None, tyro.conf.arg(metavar="| --train.no-cuda-graph")] = None
+    """Capture the whole step as a CUDA graph: one launch by the host. Unless said, on with one GPU where CUDA can."""
+    seed: int = 0
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    max_steps: int | None = None
+    """Stop after this many steps; the schedule stays that of --train.epochs."""
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, "train.epochs", self.epochs, "1 or more")
+        _require(self.batch_size >= 2, "train.batch-size", self.batch_size, "2 or more")
+        _require(self.accumulate >= 1, "train.accumulate", self.accumulate, "1 or more")
+        _require(0 <= self.seed < 2**31, "train.seed", self.seed, "a number from 0 to 2³¹−1")
+        _require(self.max_steps is None or self.max_steps >= 1, "train.max-steps", self.max_steps, "1 or more")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: float = 10.0
+    """Epochs between kNN evaluations; there is always one before the first step and one at the end."""
+    knn_k: int = 200
+    """Neighbours (fewer where the training set is smaller)."""
+    knn_temperature: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require(self.every > 0, "eval.every", self.every, "a number above 0")
+        _require(self.knn_k >= 1, "eval.knn-k", self.knn_k, "1 or more")
+        _require(self.knn_temperature > 0, "eval.knn-temperature", self.knn_temperature, "a number above 0")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    dir: Path | None = None
+    """Run folder; unless given, runs/PRESET, or the next free runs/PRESET-2, ... where that one is finished."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto continues the run that the folder holds."""
+    log_every: int = 20
+    """Steps between log lines."""
+    checkpoint_minutes: float = 10.0
+    """Minutes between checkpoints; there is always one at the end, and one when the run is asked to stop."""
+    checkpoint_steps: int | None = None
+    """Also every so many steps."""
+    wandb: str | None = None
+    """Weights & Biases project to which the TensorBoard scalars and pictures go as well."""
+
+    def __post_init__(self) -> None:
+        _require(self.log_every >= 1, "run.log-every", self.log_every, "1 or more")
+        _require(self.checkpoint_minutes > 0, "run.checkpoint-minutes", self.checkpoint_minutes, "a number above 0")
+        ok = self.checkpoint_steps is None or self.checkpoint_steps >= 1
+        _require(ok, "run.checkpoint-steps", self.checkpoint_steps, "1 or more")
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    enabled: bool = False
+    """Write torch.profiler traces of a few steps for TensorBoard's PyTorch Profiler tab."""
+    wait: int = 5
+    warmup: int = 3
+    active: int = 5
+    """Steps left out, run under the profiler but thrown away, and recorded; once a run."""
+
+    def __post_init__(self) -> None:
+        _require(self.wait >= 0, "profile.wait", self.wait, "0 or more")
+        _require(self.warmup >= 0, "profile.warmup", self.warmup, "0 or more")
+        _require(self.active >= 1, "profile.active", self.active, "1 or more")
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """What a training step is configured by."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True)
+class Config(StepConfig):
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.model.bank_size >= self.train.batch_size,
+            "model.bank-size",
+            self.model.bank_size,
+            f"at least --train.batch-size, {self.train.batch_size} (a bank smaller than the batch loses keys)",
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Nested plain values; paths become strings."""
+        return _jsonable(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Config":
+        """The inverse of `to_json`; takes what an earlier version wrote, too.
+
+        Raises ConfigError where a section or a field is missing, unknown or wrong.
+        """
+        sections = {}
+        for section in dataclasses.fields(cls):
+            kind: Any = section.type
+            given = values.get(section.name)
+            if isinstance(given, dict):
+                given = {name: value for name, value in given.items() if name not in GONE.get(section.name, ())}
+            try:
+                sections[section.name] = as_dataclass(kind, given)
+            except ValueError as error:
+                raise ConfigError(f"config.json: section {section.name!r}: {error}") from None
+        return cls(**sections)
+
+
+def updated(base: T, values: object) -> T:
+    """`base`, a dataclass of sections, with the settings that `values` has: such as `Config.to_json` gives, any of them
+    left out. Sections of `Config` that `base` lacks belong to other commands and change nothing.
+
+    Raises ConfigError where a section or a field is unknown or wrong.
+    """
+    if not isinstance(values, Mapping) or not all(isinstance(fields, Mapping) for fields in values.values()):
+        raise ConfigError("expected an object of sections such as data, model and train, each an object of settings")
+    kinds = {field.name: field.type for field in dataclasses.fields(base)}  # type: ignore[arg-type]
+    sections: dict[str, Any] = {}
+    for name, given in values.items():
+        if name not in kinds:
+            if name in {section.name for section in dataclasses.fields(Config)}:
+                continue
+            raise ConfigError(f"expected sections of {', '.join(kinds)}, got {name!r}")
+        kept = {key: value for key, value in given.items() if key not in GONE.get(name, ())}
+        try:
+            sections[name] = as_dataclass(kinds[name], _jsonable(dataclasses.asdict(getattr(base, name)) | kept))  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ConfigError(f"section {name!r}: {error}") from None
+    return dataclasses.replace(base, **sections)  # type: ignore[type-var]
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _jsonable(v) for k, v in value.items()}
+    return str(value) if isinstance(value, Path) else value

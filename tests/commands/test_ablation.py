@@ -1,0 +1,173 @@
+"""The ablation: the right runs, one line each, going on where it stopped, and an honest table."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_runs import SMALL, write_classes
+
+from reco_fast import ablation
+from reco_fast.ablation import METHODS, AblationOptions, Variant, table, variants
+from reco_fast.errors import ConfigError
+from reco_fast.settings.config import Config
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    write_classes(root / "train", 20)
+    write_classes(root / "val", 4, seed=1)
+    return root
+
+
+def ablate(images: Path, folder: Path, *arguments: object) -> list[dict[str, Any]]:
+    data = ["--data.path", images / "train", "--data.val-path", images / "val", "--ablation.dir", folder]
+    preset, command = ablation.parse(
+        [str(part) for part in ["cifar10", *data, *SMALL, "--train.epochs", 1, *arguments]]
+    )
+    assert ablation.ablate(preset, command) == 0
+    return results(folder)
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "ablation.jsonl").read_text().splitlines()]
+
+
+FLAGS = ("--ablation.no-same-seconds", "--ablation.seeds", 3, "--ablation.methods", "moco", "both")
+
+
+@pytest.fixture(scope="module")
+def done(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("done")
+    ablate(images, folder, *FLAGS, "--ablation.moco-lr", 0.06)
+    return folder
+
+
+def test_each_method_is_trained_and_reported(done: Path) -> None:
+    lines = results(done)
+    assert [(line["method"], line["lr"], line["seed"]) for line in lines] == [("moco", 0.06, 3), ("both", 0.03, 3)]
+    for line in lines:
+        assert 0 <= line["knn_top1"] <= 100
+        assert 0 <= line["linear_top1"] <= 100
+        settings = json.loads((done / line["run"] / "config.json").read_text())
+        assert settings["train"]["seed"] == 3
+        assert settings["optim"]["lr"] == line["lr"]
+        assert settings["loss"]["objective"] == ("moco" if line["method"] == "moco" else "reco")
+    rows = (done / "ablation.md").read_text().splitlines()[2:]
+    assert [row.split("|")[1].strip() for row in rows] == ["MoCo v2", "+ both (ReCo)"]
+    assert (done / "ablation.png").stat().st_size > 1000
+
+
+def test_what_is_done_is_not_trained_again(
+    images: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(done, tmp_path / "copy"))
+    lines = results(folder)
+    monkeypatch.setattr(ablation, "train", lambda *_: pytest.fail("trained again"))
+    assert ablate(images, folder, *FLAGS, "--ablation.moco-lr", 0.06) == lines
+    with pytest.raises(ConfigError, match=r"--ablation\.dir: .* --loss\.temperature is 0\.1 there and 0\.5 now"):
+        ablate(images, folder, *FLAGS, "--ablation.moco-lr", 0.06, "--loss.temperature", 0.5)
+
+
+def test_a_killed_ablation_goes_on_with_the_run_that_it_was_in(images: Path, done: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for name in ("ablation.jsonl", "moco-lr0.06-1epochs-seed3"):
+        path = done / name
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / name)
+    whole = results(folder)
+    (folder / "ablation.jsonl").write_text(json.dumps(whole[0]) + "\n")
+    again = ablate(images, folder, *FLAGS, "--ablation.moco-lr", 0.06)
+    for line in (*whole, *again):
+        del line["seconds"]
+    assert again == whole
+
+
+def test_a_foreign_file_is_refused(images: Path, tmp_path: Path) -> None:
+    for text in ("{", "[1]", '{"method": "moco"}'):
+        (tmp_path / "ablation.jsonl").write_text(text + "\n")
+        with pytest.raises(ConfigError, match=r"ablation\.jsonl: expected a JSON object a line"):
+            ablate(images, tmp_path)
+
+
+def test_moco_has_its_own_rate_and_runs_only_if_asked_for() -> None:
+    assert AblationOptions(methods=("moco", "both"), moco_lr=0.2).rates(0.1) == {"moco": 0.2, "both": 0.1}
+    assert AblationOptions(methods=("global", "both"), moco_lr=0.2).rates(0.1) == {"global": 0.1, "both": 0.1}
+    assert AblationOptions(methods=("moco",)).rates(0.1) == {"moco": 0.1}
+
+
+def test_the_budget_of_seconds_gives_faster_methods_more_epochs() -> None:
+    lines = [
+        {"method": method, "budget": "epochs", "lr": 0.1, "seed": seed, "seconds": seconds + seed}
+        for method, seconds in (("moco", 50.0), ("both", 99.0))
+        for seed in (0, 1, 2)
+    ]
+    rates = {"moco": 0.2, "both": 0.1}
+    equal = [Variant("moco", 0.2, "epochs", 10), Variant("both", 0.1, "epochs", 10)]
+    assert list(variants("epochs", rates, 10, lines)) == equal
+    assert list(variants("seconds", rates, 10, lines)) == [Variant("moco", 0.2, "seconds", 20)]
+
+
+def test_the_budget_of_seconds_follows_the_budget_of_epochs(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The training is a stand-in, in which MoCo takes half as long."""
+    trained: list[tuple[str, int, int]] = []
+
+    def judged(config: Config) -> dict[str, float]:
+        return {"seconds": 30.0 if config.loss.objective == "moco" else 60.0, "knn_top1": 1.0, "linear_top1": 1.0}
+
+    def train(_: str, config: Config) -> None:
+        trained.append((config.loss.objective, config.train.epochs, config.train.seed))
+
+    monkeypatch.setattr(ablation, "train", train)
+    monkeypatch.setattr(ablation, "judged", judged)
+    monkeypatch.setattr(ablation, "draw_curves", lambda *_: None)
+    lines = ablate(images, tmp_path, "--ablation.methods", "moco", "both", "--ablation.seeds", 0, 1)
+    assert trained == [("moco", 1, 0), ("reco", 1, 0), ("moco", 1, 1), ("reco", 1, 1), ("moco", 2, 0), ("moco", 2, 1)]
+    assert [line["budget"] for line in lines] == 4 * ["epochs"] + 2 * ["seconds"]
+
+
+def test_the_table_has_means_and_ranges() -> None:
+    lines = [
+        {
+            "method": "both", "budget": "epochs", "lr": 0.06, "epochs": 5, "seed": seed, "seconds": 60.0,
+            "knn_top1": knn, "linear_top1": 50.0,
+        }
+        for seed, knn in ((0, 40.0), (1, 41.0), (2, 45.0))
+    ]  # fmt: skip
+    assert table(lines).splitlines()[2] == (
+        "| + both (ReCo) | 0.06 | 5 | 60 | 3 | 42.0 (40.0 to 45.0) | 50.0 (50.0 to 50.0) |"
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--ablation.methods", "mocco"], r"--ablation\.methods: expected some of moco, .*, got mocco"),
+        (["--ablation.seeds"], r"--ablation\.seeds: expected at least one number, got nothing"),
+        (["--ablation.sed", "1"], r"--ablation\.sed: unknown flag; did you mean --ablation\.seeds\?"),
+    ],
+)
+def test_mistakes_are_one_line(flags: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ablation.parse(flags)
+
+
+def test_one_process_with_labels(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    preset, command = ablation.parse(["cifar10", "--data.path", str(images / "train"), *SMALL])
+    with pytest.raises(ConfigError, match=r"--data\.val-path: expected labelled images"):
+        ablation.ablate(preset, command)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="expected one process for an ablation, got 2"):
+        ablation.ablate(preset, command)
+
+
+def test_the_methods_differ_in_the_loss_alone() -> None:
+    _, command = ablation.parse([])
+    for method in METHODS:
+        config = Variant(method, command.optim.lr, "epochs", command.train.epochs).config(command, 0, Path("x"))
+        for section in ("data", "model", "optim", "train", "eval", "profile"):
+            assert getattr(config, section) == getattr(command, section)

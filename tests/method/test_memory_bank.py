@@ -1,0 +1,52 @@
+"""The ring: nothing lost, any batch size, position on the device."""
+
+import pytest
+import torch
+
+from reco_fast.method.model import MemoryBank
+
+
+def rows(start: int, count: int) -> torch.Tensor:
+    return torch.arange(start, start + count, dtype=torch.float32)[:, None].expand(-1, 8)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 7, 10, 23])
+def test_holds_the_last_k_keys(batch: int) -> None:
+    bank = MemoryBank(10, 8)
+    pushed = 0
+    while pushed < 50:
+        bank.enqueue(rows(pushed, batch), -rows(pushed, batch))
+        pushed += batch
+    last = set(range(pushed - 10, pushed))
+    assert set(bank.keys[:, 0].int().tolist()) == last
+    assert set((-bank.weak_keys[:, 0]).int().tolist()) == last
+    # The oldest key is the next to be overwritten.
+    assert bank.keys[bank.position, 0] == pushed - 10
+    assert bank.newest(4)[:, 0].tolist() == [pushed - 1, pushed - 2, pushed - 3, pushed - 4]
+
+
+def test_both_banks_keep_rows_of_one_image_at_one_place() -> None:
+    bank = MemoryBank(7, 8)
+    for step in range(5):
+        bank.enqueue(rows(3 * step, 3), -rows(3 * step, 3))
+    assert torch.equal(bank.keys, -bank.weak_keys)
+
+
+def test_starts_with_random_unit_rows_that_follow_from_the_seed() -> None:
+    a, b, c = MemoryBank(64, 16, seed=1), MemoryBank(64, 16, seed=1), MemoryBank(64, 16, seed=2)
+    torch.testing.assert_close(a.keys.norm(dim=1), torch.ones(64))
+    assert torch.equal(a.keys, b.keys)
+    assert not torch.equal(a.keys, c.keys)
+    assert not torch.equal(a.keys, a.weak_keys)
+
+
+def test_without_weak_keys_that_bank_stays() -> None:
+    bank = MemoryBank(4, 8, dtype=torch.bfloat16)
+    before = bank.weak_keys.clone()
+    bank.enqueue(rows(0, 2))
+    assert torch.equal(bank.weak_keys, before)
+    assert bank.keys.dtype == torch.bfloat16
+
+
+def test_is_no_parameter() -> None:
+    assert not list(MemoryBank(4, 8).parameters())

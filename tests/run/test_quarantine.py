@@ -1,0 +1,187 @@
+"""An image that ends the decoder's process: named, left out, and the run goes on. And the manifest."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from loading import HAS_DALI, LOADERS, needs_dali
+from odd_images import bad_images, encode, picture
+from small_runs import SMALL, metrics, write_pictures
+
+from reco_fast import check_images
+from reco_fast.errors import ConfigError
+from reco_fast.pipelines.bad_images.journal import Journal, left_behind
+from reco_fast.pipelines.bad_images.probe import Probe
+from reco_fast.pipelines.sources.open import open_source
+from reco_fast.run import quarantine
+
+SLOW = bool(os.environ.get("RECO_FAST_SLOW"))
+# No file is known that kills DALI 2.4 or Pillow past the checks, so this makes both die of a mark in a comment: what
+# DALI's pipelines are fed, and what Pillow's JPEG decoder opens.
+SITECUSTOMIZE = """
+import importlib.abc, importlib.util, os, signal, sys
+MARK = b"this kills"
+
+def die(data):
+    if MARK in bytes(data):
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+class Hook(importlib.abc.MetaPathFinder):
+    busy = False
+    def find_spec(self, name, path, target=None):
+        if name not in ("nvidia.dali.fn", "PIL.JpegImagePlugin") or Hook.busy:
+            return None
+        Hook.busy = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            Hook.busy = False
+        run = spec.loader.exec_module
+        def exec_module(module):
+            run(module)
+            (patch_dali if name == "nvidia.dali.fn" else patch_pillow)(module)
+        spec.loader.exec_module = exec_module
+        return spec
+
+def patch_dali(fn):
+    real = fn.external_source
+    def external_source(source, **options):
+        def watched():
+            fed = source()
+            for data in (fed[0] if options.get("num_outputs") else fed):
+                die(data)
+            return fed
+        return real(source=watched, **options)
+    fn.external_source = external_source
+
+def patch_pillow(module):
+    real = module.JpegImageFile.load_prepare
+    def load_prepare(self):
+        position = self.fp.tell()
+        self.fp.seek(0)
+        die(self.fp.read())
+        self.fp.seek(position)
+        return real(self)
+    module.JpegImageFile.load_prepare = load_prepare
+
+sys.meta_path.insert(0, Hook())
+"""
+OPTIONS = "--run.log-every 1 --train.epochs 3 --run.checkpoint-steps 1 --data.workers 1".split()
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """40 images, of which number 13 is deadly and number 12 is bad, so that 13 stands in for it."""
+    folder = write_pictures(tmp_path / "images", 40)
+    deadly = folder / "13.jpg"
+    data = deadly.read_bytes()
+    deadly.write_bytes(data[:2] + b"\xff\xfe\x00\x0cthis kills" + data[2:])
+    (folder / "12.jpg").write_bytes(b"text")
+    return folder
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    path = os.pathsep.join(filter(None, [str(tmp_path / "site"), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        pytest.param("dali", marks=needs_dali),
+        pytest.param("torch", marks=pytest.mark.skipif(HAS_DALI and not SLOW, reason="RECO_FAST_SLOW=1 runs it")),
+    ],
+)
+def test_what_killed_a_process_is_named_and_left_out(
+    loader: str, images: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """As `torchrun --max-restarts` does: the same command again, until it ends."""
+    data = ["--data.path", str(images), "--data.loader", loader, "--run.dir", str(tmp_path / "run")]
+    line = [sys.executable, "-m", "reco_fast.train", "cifar10", *data, *SMALL, *OPTIONS]
+    codes, shown = [], ""
+    while not codes or (codes[-1] != 0 and len(codes) < 4):
+        done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+        codes.append(done.returncode)
+        shown += done.stdout + done.stderr
+    assert codes[-1] == 0, shown
+    assert codes == [-11 if loader == "dali" else 2, 0], shown
+    assert "Traceback" not in shown
+    listed = dict(line.split("\t") for line in (tmp_path / "run" / "bad_images.txt").read_text().splitlines())
+    assert listed == {
+        "12.jpg": "not an image: it starts with b'text'",
+        "13.jpg": "the decoder dies of it (SIGSEGV)",
+    }
+    assert not list((tmp_path / "run" / "decoding").rglob("*/*/*"))
+    end = metrics(tmp_path / "run")[-1]
+    assert (end["kind"], end["epochs"]) == ("end", 3.2)
+
+
+def test_the_journal_outlives_its_process_alone(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j")
+    assert left_behind(tmp_path / "j") == []
+    journal.begin([5, 3])
+    journal.begin([9])
+    assert left_behind(tmp_path / "j") == [3, 5, 9]
+    journal.end()
+    journal.begin([3])
+    assert left_behind(tmp_path / "j") == [3, 9]
+    if (child := os.fork()) == 0:  # as a worker of the torch loader, killed while it decodes
+        journal.begin([77])
+        os._exit(9)
+    os.waitpid(child, 0)
+    assert left_behind(tmp_path / "j") == [3, 9, 77]
+    journal.close()
+    assert left_behind(tmp_path / "j") == []
+    (tmp_path / "j" / "x").mkdir()
+    (tmp_path / "j" / "x" / "1").write_bytes(b"\xff" * 50)  # not ours
+    assert left_behind(tmp_path / "j") == []
+
+
+@pytest.mark.parametrize("decoder", LOADERS)
+def test_the_probe_finds_bad_images_and_goes_on(decoder: str) -> None:
+    with Probe(decoder) as probe:  # type: ignore[arg-type]
+        for name, data in bad_images().items():
+            assert probe.reason(data), name
+        assert probe.reason(encode(picture(), "JPEG")) is None
+        process = probe._process
+        assert probe.reason(encode(picture(), "PNG")) is None
+        assert probe._process is process is not None
+
+
+def test_a_manifest_is_made_once_and_believed_while_files_stay(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_pictures(tmp_path / "d" / "deep", 6)
+    (tmp_path / "d" / "a\x1b[31m.jpg").write_bytes(b"text")
+    (tmp_path / "d" / "deep" / "03.jpg").write_bytes(b"")
+    command = check_images.CheckCommand(tmp_path / "d", tmp_path / "m.jsonl", loader="torch", workers=1)
+    assert check_images.check(command) == 0
+    shown = capsys.readouterr().out
+    assert "a\\x1b[31m.jpg: not an image" in shown
+    assert "7 images, 2 of them bad" in shown
+    source = open_source(tmp_path / "d")
+    bad = quarantine.read_manifest(tmp_path / "m.jsonl", source)
+    assert {source.names[i]: reason for i, reason in bad.items()} == {
+        "a\x1b[31m.jpg": "not an image: it starts with b'text'",
+        "deep/03.jpg": "the file is empty",
+    }
+    (tmp_path / "d" / "deep" / "03.jpg").write_bytes(encode(picture(), "JPEG"))
+    assert [source.names[i] for i in quarantine.read_manifest(tmp_path / "m.jsonl", source)] == ["a\x1b[31m.jpg"]
+    check_images.check(command)
+    shown = capsys.readouterr().out
+    assert "1 of 1 images" in shown  # the others have not changed
+    assert "7 images, 1 of them bad" in shown
+
+
+@pytest.mark.parametrize("text", ["[1]\n", '{"path": 3, "stamp": 0, "reason": null}\n', "{", "[" * 100_000])
+def test_a_damaged_manifest_is_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "1.jpg").touch()
+    (tmp_path / "m").write_text(text)
+    with pytest.raises(ConfigError, match=f"^{tmp_path / 'm'}: expected") as caught:
+        quarantine.read_manifest(tmp_path / "m", open_source(tmp_path))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,83 @@
+"""Presets, flags and what they refuse."""
+
+import json
+import re
+
+import pytest
+
+from reco_fast.errors import ConfigError
+from reco_fast.settings.config import Config, ModelConfig, TrainConfig
+from reco_fast.settings.presets import PRESETS, preset
+from reco_fast.train import parse
+
+
+@pytest.mark.parametrize("name", ["quickstart", "cifar10", "imagenet100", "imagenet"])
+def test_presets_exist_and_survive_json(name: str) -> None:
+    config, expectation = PRESETS[name]
+    assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
+    command = "reco_fast.train" if name == "quickstart" else f"reco_fast.train {name}"
+    assert command in expectation
+
+
+def test_quickstart_is_the_default_preset() -> None:
+    assert parse([])[1] == "quickstart"
+    assert parse(["--train.epochs", "3"]) == (preset("quickstart", train={"epochs": 3}), "quickstart")
+
+
+@pytest.mark.parametrize("name", ["compile", "cuda-graph"])
+@pytest.mark.parametrize(("prefix", "value"), [(None, None), ("--train.", True), ("--train.no-", False)])
+def test_what_depends_on_the_device_is_on_off_or_not_said(name: str, prefix: str | None, value: bool | None) -> None:
+    config = parse(["cifar10", *([] if prefix is None else [prefix + name, "--train.epochs", "3"])])[0]
+    assert getattr(config.train, name.replace("-", "_")) is value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.pth", "x"], r"--data\.pth: unknown flag; did you mean --data\.path\?"),
+        (["--train.epoch=3"], r"--train\.epoch: unknown flag; did you mean --train\.epochs\?"),
+        (["--train.epochs", "0"], r"--train\.epochs: expected 1 or more, got 0"),
+        (["--train.epochs", "many"], r"--train\.epochs.*'many'"),
+        (["--data.loader", "fast"], r"'fast'.*--data\.loader.*'dali'"),
+        (["--loss.temperature", "-1"], r"--loss\.temperature: expected a number above 0, got -1"),
+        (["--model.bank-size", "100", "--train.batch-size", "128"], r"--model\.bank-size: .*--train\.batch-size"),
+        (["cifar100"], r"cifar100: expected a preset, one of quickstart"),
+        (["quickstart", "extra"], r"extra"),
+        (["--data.path"], r"--data\.path"),
+    ],
+)
+def test_mistakes_are_one_line_that_names_the_flag(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(arguments)
+    assert re.search(message, str(caught.value)), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_config_json_with_unknown_or_missing_fields_is_refused() -> None:
+    values = Config().to_json()
+    del values["train"]["epochs"]
+    with pytest.raises(ConfigError, match="section 'train'"):
+        Config.from_json(values)
+
+
+def test_a_run_of_an_earlier_version_is_read_without_what_is_gone() -> None:
+    values = Config().to_json()
+    values["train"]["convolution"] = "winograd"
+    assert Config.from_json(values) == Config()
+
+
+def test_help_shows_what_to_expect(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse(["quickstart", "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert "--data.path" in shown
+    assert "--train.no-compile" in shown
+    assert "--train.no-cuda-graph" in shown
+
+
+def test_sections_check_themselves() -> None:
+    with pytest.raises(ConfigError, match="teacher-momentum"):
+        ModelConfig(teacher_momentum=1.0)
+    with pytest.raises(ConfigError, match="accumulate"):
+        TrainConfig(accumulate=0)
