@@ -119,7 +119,7 @@ def test_the_budget_of_seconds_follows_the_budget_of_epochs(
     def judged(config: Config) -> dict[str, float]:
         return {"seconds": 30.0 if config.loss.objective == "moco" else 60.0, "knn_top1": 1.0, "linear_top1": 1.0}
 
-    def train(_: str, config: Config) -> None:
+    def train(config: Config, _: str) -> None:
         trained.append((config.loss.objective, config.train.epochs, config.train.seed))
 
     monkeypatch.setattr(ablation, "train", train)

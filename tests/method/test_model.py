@@ -1,14 +1,10 @@
-"""Backbones by name, the small stem, the teacher's moving average and its normalisation."""
-
-import copy
+"""Backbones by name, the small stem, and the memory banks: nothing lost, any batch size, position on the device."""
 
 import pytest
 import torch
-from torch import nn
 
 from reco_fast.errors import ConfigError
-from reco_fast.method.model import build_encoder
-from reco_fast.method.passes import TeacherUpdate, follow_mode, teacher_forward
+from reco_fast.method.model import MemoryBank, build_encoder
 from reco_fast.settings.config import ModelConfig
 
 
@@ -49,58 +45,47 @@ def test_backbone_that_does_not_fit_the_images_is_one_line() -> None:
     assert "\n" not in str(caught.value)
 
 
-def small_pair() -> tuple[nn.Module, nn.Module]:
-    torch.manual_seed(0)
-    student = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.5), nn.Flatten(), nn.LazyLinear(4))
-    student(torch.randn(4, 3, 8, 8))
-    return student, copy.deepcopy(student).requires_grad_(False)
+def rows(start: int, count: int) -> torch.Tensor:
+    return torch.arange(start, start + count, dtype=torch.float32)[:, None].expand(-1, 8)
 
 
-@pytest.mark.parametrize("key_norm", ["batch", "ema"])
-def test_teacher_update_is_the_moving_average(key_norm: str) -> None:
-    student, teacher = small_pair()
-    with torch.no_grad():
-        for value in (*student.parameters(), student[1].running_mean):
-            value.add_(1.0)
-    before = copy.deepcopy(teacher.state_dict())
-    TeacherUpdate(teacher, student, key_norm)(0.9)
-    for name, value in teacher.named_parameters():
-        torch.testing.assert_close(value, 0.9 * before[name] + 0.1 * student.get_parameter(name))
-    moved = 0.1 if key_norm == "ema" else 0.0
-    torch.testing.assert_close(teacher[1].running_mean, before["1.running_mean"] + moved)
+@pytest.mark.parametrize("batch", [1, 3, 7, 10, 23])
+def test_holds_the_last_k_keys(batch: int) -> None:
+    bank = MemoryBank(10, 8)
+    pushed = 0
+    while pushed < 50:
+        bank.enqueue(rows(pushed, batch), -rows(pushed, batch))
+        pushed += batch
+    last = set(range(pushed - 10, pushed))
+    assert set(bank.keys[:, 0].int().tolist()) == last
+    assert set((-bank.weak_keys[:, 0]).int().tolist()) == last
+    # The oldest key is the next to be overwritten.
+    assert bank.keys[bank.position, 0] == pushed - 10
+    assert bank.newest(4)[:, 0].tolist() == [pushed - 1, pushed - 2, pushed - 3, pushed - 4]
 
 
-def test_teacher_mode_touches_batch_norm_alone() -> None:
-    _, teacher = small_pair()
-    follow_mode(teacher, "batch")
-    assert teacher[1].training
-    assert not teacher[2].training
-    follow_mode(teacher, "ema")
-    assert not teacher[1].training
+def test_both_banks_keep_rows_of_one_image_at_one_place() -> None:
+    bank = MemoryBank(7, 8)
+    for step in range(5):
+        bank.enqueue(rows(3 * step, 3), -rows(3 * step, 3))
+    assert torch.equal(bank.keys, -bank.weak_keys)
 
 
-def test_images_shuffled_between_ranks_are_sent_and_stay_channels_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    def of_two_equal_ranks(rows: torch.Tensor) -> torch.Tensor:
-        assert rows.is_contiguous()
-        return torch.cat([rows, rows])
-
-    def teacher(*views: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        assert all(view.is_contiguous(memory_format=torch.channels_last) for view in views)
-        return tuple(view.mean(dim=(2, 3)) for view in views)
-
-    monkeypatch.setattr("reco_fast.distributed.world_size", lambda: 2)
-    monkeypatch.setattr("reco_fast.distributed.all_gather", of_two_equal_ranks)
-    images = torch.randn(4, 3, 8, 8).contiguous(memory_format=torch.channels_last)
-    keys = teacher_forward(teacher, (images, images), "shuffle", torch.randperm(8))
-    assert [rows.shape for rows in keys] == [(4, 3), (4, 3)]
+def test_starts_with_random_unit_rows_that_follow_from_the_seed() -> None:
+    a, b, c = MemoryBank(64, 16, seed=1), MemoryBank(64, 16, seed=1), MemoryBank(64, 16, seed=2)
+    torch.testing.assert_close(a.keys.norm(dim=1), torch.ones(64))
+    assert torch.equal(a.keys, b.keys)
+    assert not torch.equal(a.keys, c.keys)
+    assert not torch.equal(a.keys, a.weak_keys)
 
 
-def test_keys_of_shuffled_images_come_back_in_their_order() -> None:
-    def teacher(*views: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(view.mean(dim=(2, 3)) for view in views)
+def test_without_weak_keys_that_bank_stays() -> None:
+    bank = MemoryBank(4, 8, dtype=torch.bfloat16)
+    before = bank.weak_keys.clone()
+    bank.enqueue(rows(0, 2))
+    assert torch.equal(bank.weak_keys, before)
+    assert bank.keys.dtype == torch.bfloat16
 
-    images = torch.randn(8, 3, 8, 8).contiguous(memory_format=torch.channels_last)
-    expected = images.mean(dim=(2, 3))
-    for key_norm in ("batch", "split", "shuffle"):
-        keys = teacher_forward(teacher, (images, 2 * images), key_norm, torch.randperm(8))
-        torch.testing.assert_close(keys, (expected, 2 * expected))
+
+def test_is_no_parameter() -> None:
+    assert not list(MemoryBank(4, 8).parameters())

@@ -11,7 +11,7 @@ import shlex
 import sys
 import tarfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -19,10 +19,13 @@ import torch
 from PIL import Image
 
 from reco_fast import train
+from reco_fast.__main__ import COMMANDS
+from reco_fast.settings import presets
+from reco_fast.settings.config import Config, updated
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PROGRAMS = ("python", "python3", "torchrun", "pip", "pytest", "tensorboard", "sbatch", ".venv/bin/")
+PROGRAMS = ("reco-fast", "python", "python3", "torchrun", "pip", "pytest", "tensorboard", "sbatch", ".venv/bin/")
 
 TINY = {
     "--model.arch": "timm/test_resnet",
@@ -42,7 +45,7 @@ PLACES = {"/data/train": "train"}
 
 # What is not run from here, and where it is; the last part of a line is enough.
 ELSEWHERE = {
-    "python3 -m venv .venv && .venv/bin/pip install -e . && .venv/bin/python -m reco_fast.train": "by hand, README.md",
+    "python3 -m venv .venv && .venv/bin/pip install -e . && .venv/bin/reco-fast train": "by hand, README.md",
     "python3 -m venv .venv && .venv/bin/pip install -e '.[test,dali]' && .venv/bin/python -m pytest": ".ci/run",
     "tensorboard --logdir runs": "tests/profiling/test_trace.py",
     "sbatch --nodes 2 --gpus-per-node 4 examples/slurm.sbatch imagenet100 --data.path /data/train "
@@ -147,6 +150,8 @@ def test_commands_run(command: str, place: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
     monkeypatch.setenv("WANDB_MODE", "disabled")
     words = [PLACES.get(word, word) for word in shlex.split(command)]
+    if words[0] == "reco-fast":
+        words = ["python", "-m", COMMANDS[words[1]][0], *words[2:]]
     assert words[0] in ("python", "torchrun"), f"say in ELSEWHERE where this is run: {command}"
     module, arguments = words[words.index("-m") + 1], words[words.index("-m") + 2 :]
     if "hf:my-data" in words:
@@ -182,6 +187,7 @@ def test_python_runs(block: Block, place: Path, monkeypatch: pytest.MonkeyPatch)
     if block.text.startswith(tuple(PYTHON_ELSEWHERE)):
         return
     monkeypatch.chdir(place)
+    monkeypatch.setattr(presets, "preset", tiny_preset)
     text = re.sub(r"^(\s+)\.\.\.$", r"\1break", block.text, flags=re.MULTILINE)
     for large, small in (('"cuda"', '"cpu"'), ("256", "8"), ("224", "32"), ("workers=8", "workers=1")):
         text = text.replace(large, small)
@@ -192,11 +198,20 @@ def test_python_runs(block: Block, place: Path, monkeypatch: pytest.MonkeyPatch)
     assert "out" not in names or all(tensor.grad.abs().sum() > 0 for tensor in given.values())
 
 
+def tiny_preset(name: str, **sections: Any) -> Config:
+    """`presets.preset`, made small like the flags of commands."""
+    config, _ = train.parse([name, *(word for pair in TINY.items() for word in pair)])
+    return updated(config, sections)
+
+
 def test_extras_exist() -> None:
     """Those that pages, messages and tests tell to install."""
     setup = (ROOT / "setup.py").read_text(encoding="utf-8")
     known = set(re.findall(r'^        "([\w-]+)": (?:\[|[A-Z]+)', setup, re.MULTILINE))
-    files = [*PAGES, *(path for folder in ("reco_fast", "pipelines", "tests") for path in (ROOT / folder).glob("*.py"))]
+    files = [
+        *PAGES,
+        *(path for folder in ("reco_fast", "pipelines", "tests") for path in (ROOT / folder).rglob("*.py")),
+    ]
     for path in files:
         for extras in re.findall(r"(?:reco-fast|'\.)\[([\w,-]+)\]", path.read_text(encoding="utf-8")):
             assert set(extras.split(",")) <= known, path

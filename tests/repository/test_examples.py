@@ -6,6 +6,7 @@ import runpy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,16 @@ def test_examples_are_short(path: Path) -> None:
 def test_plain_loop_learns() -> None:
     losses = example("plain_loop")["train"](steps=40)
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+def test_from_python_learns_and_embeds() -> None:
+    made = example("from_python")
+    assert len(made["losses"]) == 6
+    assert made["losses"][-1] < made["losses"][1]  # while the memory bank fills, it rises
+    assert made["scores"]["knn_top1"] > 15  # of twelve classes
+    assert made["features"].shape == (len(made["paths"]), 96)
+    assert np.isfinite(made["features"]).all()
+    assert made["bad"] == {}
 
 
 def test_in_batch_negatives_learn() -> None:
