@@ -12,16 +12,6 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = [
-    "Recipe",
-    "ViewParameters",
-    "ViewRecipe",
-    "evaluation_recipe",
-    "random_permutation",
-    "reco_recipe",
-    "sample_parameters",
-]
-
 Int64Array = NDArray[np.int64]
 Float64Array = NDArray[np.float64]
 

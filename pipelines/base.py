@@ -3,7 +3,6 @@
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Literal, NamedTuple, Self
 
 import numpy as np
@@ -14,8 +13,6 @@ from reco_fast.errors import DataError
 from reco_fast.pipelines.bad_images.journal import Journal
 from reco_fast.pipelines.images import BadImage, ppm_header, to_plain
 from reco_fast.pipelines.sources.image_source import ImageSource
-
-__all__ = ["Batch", "Decoded", "ImageReader", "Loader", "LoaderKind", "OnBadImage", "Sample"]
 
 LoaderKind = Literal["auto", "dali", "torch"]
 OnBadImage = Literal["skip", "raise"]
@@ -60,9 +57,7 @@ class Loader(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
 

@@ -25,8 +25,6 @@ from reco_fast.pipelines.images import BadImage, to_ppm
 from reco_fast.pipelines.order import Order
 from reco_fast.pipelines.sources.image_source import ImageSource
 
-__all__ = ["DaliLoader"]
-
 _READERS = 8  # threads that wait for the file system
 _READ_AHEAD = 3  # batches of encoded images
 _DECODE_AHEAD = 2  # batches in DALI

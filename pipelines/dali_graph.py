@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 
 from reco_fast.pipelines.augmentations import Recipe, ViewParameters, ViewRecipe, sample_parameters
 
-__all__ = ["graph", "to_dali", "view_inputs"]
-
 _dali: Any = nvidia.dali  # its type stubs know neither the data types nor conditionals
 fn, types, pipeline_def = _dali.fn, _dali.types, _dali.pipeline_def
 

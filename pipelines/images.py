@@ -1,7 +1,7 @@
 """One encoded image: is it whole, how large is it, and its bytes in a form that no decoder stumbles over.
 
 DALI is fast, but a file that it cannot parse may end the process. So it is given two kinds of bytes only: ordinary
-JPEGs, which `inspect_image` knows by walking their segments in microseconds, and binary PPMs, into which Pillow turns
+JPEGs, which `jpeg_size` knows by walking their segments in microseconds, and binary PPMs, into which Pillow turns
 everything else that it can decode. The torch loader takes the same bytes, so the two agree on what is bad and why.
 """
 
@@ -9,15 +9,9 @@ import io
 import struct
 import warnings
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-
-__all__ = [
-    *("MAX_PIXELS", "BadImage", "ImageHeader"),
-    *("check_image", "decode_image", "inspect_image", "ppm_header", "to_plain", "to_ppm"),
-]
 
 MAX_PIXELS = 150_000_000
 """Larger frames are refused before any memory is taken for them; 12,000 × 9,000 passes, 450 MB is the most."""
@@ -30,42 +24,14 @@ class BadImage(ValueError):
     """These bytes are not an image that can be used; the message says why."""
 
 
-class ImageHeader(NamedTuple):
-    """`height`, `width`: pixels, upright (after the EXIF orientation). `ordinary`: an undamaged-looking 8-bit
-    grey or colour JPEG, baseline or progressive."""
-
-    height: int
-    width: int
-    ordinary: bool
-
-
-def check_image(data: bytes) -> tuple[int, int]:
-    """Height and width of an encoded image, in pixels, upright.
-
-    Ordinary JPEGs are judged by their segments and end marker, others by Pillow's reading of the header.
-
-    Raises:
-        BadImage: not an image, more than `MAX_PIXELS`, or fewer bytes than such a frame can be coded in.
-    """
-    header = inspect_image(data)
-    return header.height, header.width
-
-
-def inspect_image(data: bytes) -> ImageHeader:
-    """As `check_image`, and whether it is an ordinary JPEG."""
-    return _inspect_jpeg(data) or _inspect_any(data)
-
-
 def to_plain(data: bytes) -> tuple[bytes, int, int]:
     """Bytes that either decoder takes (an ordinary JPEG as it is, anything else as a PPM), height and width.
 
     Raises:
         BadImage: with the reason.
     """
-    header = _inspect_jpeg(data)
-    if header is not None:
-        return data, header.height, header.width
-    return to_ppm(data)
+    size = jpeg_size(data)
+    return (data, *size) if size is not None else to_ppm(data)
 
 
 def to_ppm(data: bytes) -> tuple[bytes, int, int]:
@@ -102,17 +68,16 @@ def decode_image(data: bytes) -> Image.Image:
         raise BadImage(_reason(error)) from None
 
 
-def _inspect_any(data: bytes) -> ImageHeader:
+def _upright_size(data: bytes) -> tuple[int, int]:
+    """Height and width by the header, as Pillow reads it. Raises BadImage."""
     try:
         image = _open(data)
-        width, height = image.size
-        if image.getexif().get(0x0112, 1) in (5, 6, 7, 8):
-            width, height = height, width
+        sideways = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
     except BadImage:
         raise
     except Exception as error:
         raise BadImage(_reason(error)) from None
-    return ImageHeader(height, width, ordinary=False)
+    return image.size if sideways else (image.height, image.width)
 
 
 def _open(data: bytes) -> Image.Image:
@@ -148,8 +113,9 @@ _FRAME = struct.Struct(">BHHB")
 _PIXELS_PER_BYTE = 512  # baseline codes a block of 64 pixels in 2 bits at the least: 256 a byte, and twice that here
 
 
-def _inspect_jpeg(data: bytes) -> ImageHeader | None:
-    """The header where this is an ordinary JPEG; None where it is anything else, damaged or not.
+def jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Height and width in pixels, upright (after the EXIF orientation), of an ordinary JPEG: an undamaged-looking 8-bit
+    grey or colour one, baseline or progressive. None for anything else, damaged or not.
 
     Raises:
         BadImage: ordinary, but its size cannot be true or is not allowed.
@@ -203,8 +169,8 @@ def _inspect_jpeg(data: bytes) -> ImageHeader | None:
     if baseline and height * width > _PIXELS_PER_BYTE * len(data):
         raise BadImage(f"its header claims {width} × {height} pixels, which {len(data):,} bytes cannot hold")
     if has_exif:  # it may say that the picture is on its side
-        height, width, _ = _inspect_any(data)
-    return ImageHeader(height, width, ordinary=True)
+        return _upright_size(data)
+    return height, width
 
 
 @lru_cache(maxsize=4096)  # encoders write the same few tables into all their files

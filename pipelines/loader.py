@@ -11,8 +11,6 @@ from reco_fast.pipelines.base import Loader, LoaderKind, OnBadImage
 from reco_fast.pipelines.order import Order
 from reco_fast.pipelines.sources.image_source import ImageSource
 
-__all__ = ["open_loader", "resolve"]
-
 
 def open_loader(
     kind: LoaderKind,

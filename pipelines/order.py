@@ -7,8 +7,6 @@ from numpy.typing import NDArray
 
 from reco_fast.pipelines.augmentations import random_permutation
 
-__all__ = ["EvaluationOrder", "Order", "TrainingOrder"]
-
 Int64Array = NDArray[np.int64]
 
 

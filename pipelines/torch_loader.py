@@ -22,8 +22,6 @@ from reco_fast.pipelines.images import BadImage, decode_image
 from reco_fast.pipelines.order import Order
 from reco_fast.pipelines.sources.image_source import ImageSource
 
-__all__ = ["TorchLoader", "render"]
-
 
 class TorchLoader(Loader):
     """Whole batches made by `workers` processes (0: by the caller), sent as bytes and normalised on the device.

@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 from reco_fast.errors import ConfigError
 from reco_fast.profiling.trace import REGIONS
 
-__all__ = ["Breakdown", "newest_trace", "read_trace"]
-
 Event = dict[str, Any]
 Interval = tuple[float, float]
 Place = tuple[int, str] | None

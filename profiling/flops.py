@@ -10,8 +10,6 @@ from reco_fast import distributed
 from reco_fast.method.state import TrainState
 from reco_fast.settings.config import Config
 
-__all__ = ["matmul_rate", "step_flops", "utilisation_per_image"]
-
 
 def step_flops(state: TrainState, config: Config) -> float:
     """Floating-point operations of one step of the whole batch: encoders, and the loss's products with the banks.

@@ -6,7 +6,6 @@ train with --profile.enabled.
 """
 
 import statistics
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
@@ -217,13 +216,7 @@ class ReportCommand:
 
 
 def main() -> NoReturn:
-    command_line.run(
-        lambda: report(
-            command_line.parse(
-                ReportCommand, sys.argv[1:], prog="python -m reco_fast.profiling.report", description=__doc__
-            )
-        )
-    )
+    command_line.serve("profiling.report", ReportCommand, report, __doc__)
 
 
 def report(command: ReportCommand) -> int:

@@ -6,7 +6,6 @@ Images are decoded in other processes, which may die of them. The same command a
 that are new or have changed.
 """
 
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,11 +41,7 @@ class CheckCommand:
 
 
 def main() -> NoReturn:
-    command_line.run(
-        lambda: check(
-            command_line.parse(CheckCommand, sys.argv[1:], prog="python -m reco_fast.check_images", description=__doc__)
-        )
-    )
+    command_line.serve("check_images", CheckCommand, check, __doc__)
 
 
 def check(command: CheckCommand) -> int:

@@ -72,11 +72,7 @@ class EmbedCommand:
 
 
 def main() -> NoReturn:
-    command_line.run(
-        lambda: embed(
-            command_line.parse(EmbedCommand, sys.argv[1:], prog="python -m reco_fast.embed", description=__doc__)
-        )
-    )
+    command_line.serve("embed", EmbedCommand, embed, __doc__)
 
 
 class Work(NamedTuple):

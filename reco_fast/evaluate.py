@@ -9,7 +9,6 @@ import dataclasses
 import json
 import math
 import os
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
@@ -49,11 +48,7 @@ class EvaluateCommand:
 
 
 def main() -> NoReturn:
-    command_line.run(
-        lambda: evaluate(
-            command_line.parse(EvaluateCommand, sys.argv[1:], prog="python -m reco_fast.evaluate", description=__doc__)
-        )
-    )
+    command_line.serve("evaluate", EvaluateCommand, evaluate, __doc__)
 
 
 class Extracted(NamedTuple):

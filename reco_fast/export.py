@@ -7,7 +7,6 @@ A Markdown card with the code that loads it appears beside it, as FILE.md.
 
 import importlib.util
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
@@ -146,11 +145,7 @@ def backbone_outputs(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def main() -> NoReturn:
-    command_line.run(
-        lambda: export(
-            command_line.parse(ExportCommand, sys.argv[1:], prog="python -m reco_fast.export", description=__doc__)
-        )
-    )
+    command_line.serve("export", ExportCommand, export, __doc__)
 
 
 def export(command: ExportCommand) -> int:

@@ -8,8 +8,6 @@ from uuid import uuid4
 
 import numpy as np
 
-__all__ = ["Journal", "left_behind"]
-
 
 class Journal:
     """Kept by one loader for the batches that it has under way: one short write a batch. Each of its processes has a

@@ -10,15 +10,12 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
 
 from reco_fast.pipelines.images import BadImage, decode_image, to_plain, to_ppm
 from reco_fast.pipelines.sources.image_source import ImageSource
-
-__all__ = ["DEADLY", "Decoder", "Probe", "probe_all"]
 
 Decoder = Literal["dali", "torch"]
 DEADLY = "the decoder "  # begins the reason of an image that ends its process, or never lets it end
@@ -91,9 +88,7 @@ class Probe:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
 

@@ -11,8 +11,6 @@ from reco_fast.errors import DataError
 from reco_fast.pipelines.sources.image_source import IMAGE_SUFFIXES, ImageSource, stamp_of
 from reco_fast.pipelines.sources.shards import TarSource
 
-__all__ = ["FolderSource", "open_folder"]
-
 
 class FolderSource(ImageSource):
     """Image files below a folder. Hidden files and folders (a leading dot) are passed over and links are followed.

@@ -22,8 +22,6 @@ from PIL import Image
 from reco_fast.errors import DataError
 from reco_fast.pipelines.sources.image_source import cache_folder
 
-__all__ = ["MOTIFS", "Difficulty", "draw_picture", "generate"]
-
 VERSION = 1  # of the drawing code: change it and every cache is written anew
 SIZE = 40  # pixels a side
 TRAIN_PER_CLASS, VAL_PER_CLASS = 420, 84

@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 from reco_fast.errors import DataError
 from reco_fast.pipelines.sources.image_source import ImageSource
 
-__all__ = ["HuggingFaceSource", "open_hugging_face"]
-
 
 class HuggingFaceSource(ImageSource):
     """The one image column of a `datasets.Dataset`, undecoded. Names are the row numbers; labels are the first

@@ -16,8 +16,6 @@ from torchvision.datasets.utils import download_url
 from reco_fast.errors import DataError
 from reco_fast.pipelines.sources.image_source import ImageSource, cache_folder, stamp_of
 
-__all__ = ["DATA_SETS", "DataSet", "open_named"]
-
 
 @dataclass(frozen=True)
 class DataSet:

@@ -12,8 +12,6 @@ from reco_fast.pipelines.sources.folders import open_folder
 from reco_fast.pipelines.sources.image_source import ImageSource
 from reco_fast.pipelines.sources.shards import TarSource
 
-__all__ = ["open_source"]
-
 
 def open_source(path: str | os.PathLike[str]) -> ImageSource:
     """Open a folder of images, a `.tar` file, a folder of `.tar` files, or a pattern of them such as

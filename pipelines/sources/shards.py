@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 from reco_fast.errors import DataError
 from reco_fast.pipelines.sources.image_source import IMAGE_SUFFIXES, ImageSource, stamp_of
 
-__all__ = ["TarSource"]
-
 
 class TarSource(ImageSource):
     """Images inside uncompressed `.tar` shards in WebDataset layout, found once by their headers and then read in

@@ -99,12 +99,10 @@ def read_config(folder: Path) -> Config:
     """The configuration of a run. Raises ConfigError where the folder holds none or a damaged one."""
     path = folder / "config.json"
     values = read_json(path)
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a JSON object, got {type(values).__name__}")
     try:
         return Config.from_json(values)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {str(error).removeprefix('config.json: ')}") from None
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def load_run(folder: Path, which: str) -> tuple[Config, nn.Module]:

@@ -47,6 +47,12 @@ def parse(kind: type[T], argv: Sequence[str], *, prog: str, description: str, de
         raise ConfigError(_one_line(printed.getvalue())) from None
 
 
+def serve(name: str, kind: type[T], command: Callable[[T], object], description: str | None) -> NoReturn:
+    """Call `command` with the command line as a `kind`, and exit as `run` does. `name`: of its module."""
+    prog = f"python -m reco_fast.{name}"
+    run(lambda: command(parse(kind, sys.argv[1:], prog=prog, description=description or "")))
+
+
 def run(main: Callable[[], object]) -> NoReturn:
     """Call `main` and exit with its status, 0 where it returns none; 2 with one line on stderr (of rank 0) for a user's
     mistake, and for what the machine refuses: a full disk, a missing right, memory."""

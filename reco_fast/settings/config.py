@@ -4,6 +4,7 @@ A wrong value raises `ConfigError` with one line that names the flag, the value 
 """
 
 import dataclasses
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -249,37 +250,28 @@ class Config(StepConfig):
 
         Raises ConfigError where a section or a field is missing, unknown or wrong.
         """
-        sections = {}
-        for section in dataclasses.fields(cls):
-            kind: Any = section.type
-            given = values.get(section.name)
-            if isinstance(given, dict):
-                given = {name: value for name, value in given.items() if name not in GONE.get(section.name, ())}
-            try:
-                sections[section.name] = as_dataclass(kind, given)
-            except ValueError as error:
-                raise ConfigError(f"config.json: section {section.name!r}: {error}") from None
-        return cls(**sections)
+        return updated(cls(), values, whole=True)
 
 
-def updated(base: T, values: object) -> T:
+def updated(base: T, values: object, *, whole: bool = False) -> T:
     """`base`, a dataclass of sections, with the settings that `values` has: such as `Config.to_json` gives, any of them
-    left out. Sections of `Config` that `base` lacks belong to other commands and change nothing.
+    left out unless they must be `whole`. Sections of `Config` that `base` lacks belong to other commands and change
+    nothing, nor do settings that are gone.
 
-    Raises ConfigError where a section or a field is unknown or wrong.
+    Raises ConfigError where a section or a field is unknown, missing or wrong.
     """
-    if not isinstance(values, Mapping) or not all(isinstance(fields, Mapping) for fields in values.values()):
+    if not isinstance(values, Mapping) or not all(isinstance(given, Mapping) for given in values.values()):
         raise ConfigError("expected an object of sections such as data, model and train, each an object of settings")
-    kinds = {field.name: field.type for field in dataclasses.fields(base)}  # type: ignore[arg-type]
+    kinds = typing.get_type_hints(type(base))
+    unknown = [name for name in values if name not in kinds | typing.get_type_hints(Config)]
+    if unknown:
+        raise ConfigError(f"expected sections of {', '.join(kinds)}, got {unknown[0]!r}")
     sections: dict[str, Any] = {}
-    for name, given in values.items():
-        if name not in kinds:
-            if name in {section.name for section in dataclasses.fields(Config)}:
-                continue
-            raise ConfigError(f"expected sections of {', '.join(kinds)}, got {name!r}")
-        kept = {key: value for key, value in given.items() if key not in GONE.get(name, ())}
+    for name in kinds if whole else set(kinds) & set(values):
+        given = {key: value for key, value in values.get(name, {}).items() if key not in GONE.get(name, ())}
+        before = {} if whole else dataclasses.asdict(getattr(base, name))
         try:
-            sections[name] = as_dataclass(kinds[name], _jsonable(dataclasses.asdict(getattr(base, name)) | kept))  # type: ignore[arg-type]
+            sections[name] = as_dataclass(kinds[name], _jsonable(before | given))
         except ValueError as error:
             raise ConfigError(f"section {name!r}: {error}") from None
     return dataclasses.replace(base, **sections)  # type: ignore[type-var]

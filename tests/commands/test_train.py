@@ -22,6 +22,8 @@ from small_runs import SMALL, metrics, write_classes
 
 from reco_fast import evaluate, train
 from reco_fast.errors import ConfigError
+from reco_fast.method.state import fastest_precision
+from reco_fast.run import progress
 from reco_fast.run.report import wandb_beside
 from reco_fast.settings import command_line
 from reco_fast.settings.config import Config
@@ -208,6 +210,17 @@ def test_errors_of_the_program_itself_are_not_hidden() -> None:
         command_line.run(lambda: 1 // 0)
 
 
+@pytest.mark.parametrize("precision", ["auto", "bf16", "fp32"])
+def test_the_first_line_says_the_precision_and_why(
+    precision: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(images, tmp_path / "run", "--train.max-steps", 1, "--train.precision", precision)
+    line = capsys.readouterr().out.splitlines()[0]
+    dtype, why = fastest_precision(torch.device("cpu"))
+    auto = f"{'bf16' if dtype == torch.bfloat16 else 'fp32'} ({why})"
+    assert line.endswith(f"on 56 images, cpu in {auto if precision == 'auto' else precision}")
+
+
 def test_two_ranks_train_under_torchrun(images: Path, tmp_path: Path) -> None:
     data = ["--data.path", images / "train", "--data.val-path", images / "val", "--run.dir", tmp_path / "run"]
     options = ["--train.epochs", 2, "--model.key-norm", "shuffle"]
@@ -259,9 +272,9 @@ def test_sigterm_saves_and_the_same_command_goes_on(images: Path, tmp_path: Path
 def test_progress_of_a_wrong_type_is_one_line(
     field: str, value: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(train.checkpoint, "load", lambda path, state: {field: value})
+    monkeypatch.setattr(progress.checkpoint, "load", lambda path, state: {field: value})
     with pytest.raises(ConfigError, match="in its progress") as caught:
-        train.Progress.restore(tmp_path / "step", None)  # type: ignore[arg-type]
+        progress.Progress.restore(tmp_path / "step", None)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
 
 

@@ -29,6 +29,7 @@ from reco_fast.method.step import (
     scheduled,
     train_step,
 )
+from reco_fast.run import progress
 from reco_fast.settings.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig
 
 CPU = torch.device("cpu")
@@ -217,9 +218,9 @@ class Waits:
         self.steps = 0
         self.watching = False
         self.recorder = Recorder(lambda name, *_: self.found.append(name) if self.watching and name in WAITS else None)
-        step, averages = train.train_step, train.averages
+        step, averages = train.train_step, progress.averages
         monkeypatch.setattr(train, "train_step", lambda *given: self.watch(True, step, *given))
-        monkeypatch.setattr(train, "averages", lambda *given: self.watch(False, averages, *given))
+        monkeypatch.setattr(progress, "averages", lambda *given: self.watch(False, averages, *given))
 
     def watch(self, on: bool, function: Callable[..., Any], *given: Any) -> Any:
         self.watching = on
