@@ -4,6 +4,7 @@ import ast
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -112,3 +113,13 @@ def test_every_module_that_a_page_runs_is_there(page: str) -> None:
     named = re.findall(r"-m (reco_fast(?:[.][a-z_]+)*)", (ROOT / page).read_text(encoding="utf-8"))
     assert named
     assert set(named) <= set(known)
+
+
+def test_from_the_command_to_the_kernel_in_five_files() -> None:
+    """As the README says."""
+    known = modules()
+    way = "train", "method.step", "method.losses", "kernels.relation_loss", "kernels.relation_kernels"
+    for here, there in pairwise(f"reco_fast.{name}" for name in way):
+        assert there in imports(known[here], known)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"\w+\.py(?=\]\(\S+\)(?: →|\.\n))", text) == [f"{name.rpartition('.')[2]}.py" for name in way]
