@@ -210,6 +210,15 @@ def test_errors_of_the_program_itself_are_not_hidden() -> None:
         command_line.run(lambda: 1 // 0)
 
 
+def test_a_checkpoint_between_two_log_lines_changes_neither(images: Path, tmp_path: Path) -> None:
+    options = ("--train.max-steps", 6, "--train.precision", "fp32", "--run.log-every", 3)
+    saved = run(images, tmp_path / "saved", *options, "--run.checkpoint-steps", 2)
+    plain = run(images, tmp_path / "plain", *options)
+    losses = [[line["loss"] for line in lines if line["kind"] == "train"] for lines in (saved, plain)]
+    assert len(losses[0]) == 2
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize("precision", ["auto", "bf16", "fp32"])
 def test_the_first_line_says_the_precision_and_why(
     precision: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
