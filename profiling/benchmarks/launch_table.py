@@ -2,7 +2,7 @@
 
     python -m reco_fast.profiling.benchmarks.launch_table DIR/kernels.json [...]
 
-The files are those of `kernel_benchmark.py`, of one card or of several.
+The files are those of `benchmarks/kernels.py`, of one card or of several.
 """
 
 import argparse

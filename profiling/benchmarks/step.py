@@ -10,7 +10,7 @@ lightly: Lightly's MoCo (`lightly_moco.py`), as its example has it in float32 an
 supervised: labels, cross-entropy and the same backbone with the same settings; by counted operations, 3 encoder passes
     an image against 8, a step should reach 3/8 of its images/s.
 launches: ours and supervised again without a CUDA graph, eager and compiled (on a GPU).
-torchvision: the loaders, by `loader_benchmark.py`, on the images of --data.path.
+torchvision: the loaders, by `benchmarks/loader.py`, on the images of --data.path.
 
 The contestants take turns in one process; a ratio is the median over the rounds of the ratios within a round. Writes
 `step.json`, `step.md` and `step.png` to --output.
@@ -209,7 +209,7 @@ def _plain(turns: list[dict[str, Turn]]) -> list[dict[str, Any]]:
 
 
 def compare_loaders(benchmark: Benchmark) -> dict[str, Any]:
-    """What `loader_benchmark.py` measures, in a process of its own: worker processes want no model's threads."""
+    """What `benchmarks/loader.py` measures, in a process of its own: worker processes want no model's threads."""
     command = [sys.executable, "-m", "reco_fast.profiling.benchmarks.loader", "--data.path", str(benchmark.data.path)]
     command += ["--image-size", str(benchmark.data.image_size), "--rounds", str(benchmark.rounds)]
     command += ["--batch-size", str(benchmark.train.batch_size)]

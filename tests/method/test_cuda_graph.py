@@ -226,7 +226,7 @@ def test_a_capture_without_memory_stays_a_matter_of_memory() -> None:
         def capture(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(torch.OutOfMemoryError):  # cli.py says what needs less
+    with pytest.raises(torch.OutOfMemoryError):  # command_line.py says what needs less
         run(config(precision="fp32"), CPU, Graphed(Full()))
 
 

@@ -154,7 +154,7 @@ def test_a_gpu_without_memory_is_no_bad_image(
     monkeypatch.setattr(DaliLoader, when, fails)
     monkeypatch.setattr(DaliLoader, "_by_pillow", lambda *_: pytest.fail("decoded again"))
     with training("dali", open_source(write_pictures(tmp_path, 8)), tiny(), 4) as loader:
-        with pytest.raises(MemoryError):  # cli.py says what needs less
+        with pytest.raises(MemoryError):  # command_line.py says what needs less
             next(loader)
         assert not loader.bad_images
     assert calls == [1]
