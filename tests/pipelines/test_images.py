@@ -6,10 +6,12 @@ import random
 import struct
 import time
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from image_sets import and_shared
 from odd_images import bad_images, deceiving_images, encode, odd_images, picture
 from PIL import Image, ImageOps
 
@@ -90,8 +92,9 @@ def test_16_bit_images_keep_their_upper_8_bits() -> None:
     assert np.array_equal(decoded, np.repeat((ramp >> 8).astype(np.uint8)[..., None], 3, axis=2))
 
 
-def test_photographs_are_ordinary_and_checked_in_microseconds(photographs: Path) -> None:
-    files = [path.read_bytes() for path in sorted(photographs.iterdir())]
+@pytest.mark.parametrize("images", and_shared("photographs"))
+def test_photographs_are_ordinary_and_checked_in_microseconds(images_of: Callable[[str], Path], images: str) -> None:
+    files = [path.read_bytes() for path in sorted(images_of(images).iterdir())]
     assert [inspect_image(data)[:2] for data in files] == [Image.open(io.BytesIO(d)).size[::-1] for d in files]
     assert sum(inspect_image(data).ordinary for data in files) >= 60
     start = time.perf_counter()
