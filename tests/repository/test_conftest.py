@@ -3,8 +3,10 @@
 import subprocess
 import sys
 import tarfile
+import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import conftest
 import image_sets
@@ -88,6 +90,23 @@ def test_a_checkout_without_images_beside_it_lacks_none(
 ) -> None:
     monkeypatch.setenv("RECO_FAST_TEST_DATA", str(tmp_path / "nowhere"))
     assert image_sets.and_shared(name) == [name]
+
+
+@pytest.mark.parametrize(
+    ("interpreted", "gpu", "named", "passed_over"),
+    [("", False, False, True), ("1", False, False, None), ("", True, False, None), ("", False, True, None)],
+)
+def test_the_tests_of_the_kernels_are_passed_over_only_where_another_process_runs_them(
+    interpreted: str, gpu: bool, named: bool, passed_over: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = conftest.ROOT / "tests" / "kernels"
+    (path,) = kernels.glob("test_relation_loss.py")
+    config: Any = types.SimpleNamespace(args=[f"{path}::test_one" if named else str(kernels)])
+    monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    assert conftest.pytest_ignore_collect(path, config) is passed_over
+    for other in set(kernels.glob("test_*.py")) - {path}:
+        assert conftest.pytest_ignore_collect(other, config) is None
 
 
 def test_processes_that_tests_start_import_this_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
