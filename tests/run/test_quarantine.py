@@ -89,8 +89,8 @@ def environment(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
-# One of the two. With the torch loader one run in four, on a busy machine, also prints an exception that PyTorch ignored:
-# its handler of SIGCHLD raises wherever the main thread is when the worker dies, so also in another loader's `__del__`.
+# One of the two. With the torch loader one run in four, on a busy machine, also prints an exception that is ignored:
+# PyTorch's handler of SIGCHLD raises wherever the main thread is when a worker dies, so also in a `__del__`.
 @pytest.mark.parametrize("loader", ["dali" if HAS_DALI else "torch"])
 def test_what_killed_a_process_is_named_and_left_out(
     loader: str, images: Path, environment: dict[str, str], tmp_path: Path
