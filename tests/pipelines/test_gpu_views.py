@@ -4,11 +4,13 @@
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from image_sets import and_shared
 from loading import levels, needs_dali, take, training
 from test_views import PARITY
 
@@ -68,9 +70,12 @@ def test_each_operation_on_small_images(cifar: Path, name: str) -> None:
     assert by_image.max() < 5 * LIMITS.get(name, 1.0)
 
 
-@pytest.mark.parametrize("size", [224, 32])
-def test_whole_views(photographs: Path, cifar: Path, size: int) -> None:
-    *strong, weak = compared(f"whole, {size} px", photographs if size == 224 else cifar, reco_recipe(size))
+@pytest.mark.parametrize(
+    ("images", "size"),
+    [(images, size) for name, size in (("photographs", 224), ("cifar", 32)) for images in and_shared(name)],
+)
+def test_whole_views(images_of: Callable[[str], Path], images: str, size: int) -> None:
+    *strong, weak = compared(f"whole, {images}, {size} px", images_of(images), reco_recipe(size))
     assert max(view.mean() for view in strong) < 1.5
     assert weak.mean() < 1.0
 

@@ -6,10 +6,12 @@ import random
 import struct
 import time
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from image_sets import and_shared
 from odd_images import bad_images, deceiving_images, encode, odd_images, picture
 from PIL import Image, ImageOps
 
@@ -88,8 +90,9 @@ def test_16_bit_images_keep_their_upper_8_bits() -> None:
     assert np.array_equal(decoded, np.repeat((ramp >> 8).astype(np.uint8)[..., None], 3, axis=2))
 
 
-def test_photographs_are_ordinary_and_checked_in_microseconds(photographs: Path) -> None:
-    files = [path.read_bytes() for path in sorted(photographs.iterdir())]
+@pytest.mark.parametrize("images", and_shared("photographs"))
+def test_photographs_are_ordinary_and_checked_in_microseconds(images_of: Callable[[str], Path], images: str) -> None:
+    files = [path.read_bytes() for path in sorted(images_of(images).iterdir())]
     sizes = [(jpeg_size(data), Image.open(io.BytesIO(data)).size[::-1]) for data in files]
     assert sum(found is not None for found, _ in sizes) >= 60
     assert all(found in (None, size) for found, size in sizes)

@@ -1,11 +1,13 @@
 """What the two loaders make of the same parameters, beside torchvision's operations."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from image_sets import and_shared
 from loading import both_loaders, levels, needs_dali, take, training
 
 from reco_fast.pipelines.augmentations import Recipe, ViewRecipe, evaluation_recipe, reco_recipe
@@ -35,11 +37,16 @@ PARITY = {
 }
 
 
+# Set of images and operation. On further photographs, what their variety may change: decoding, small details, colours.
+ON_SETS = [("photographs", name) for name in PARITY]
+ON_SETS += [(more, name) for more in and_shared("photographs")[1:] for name in ("small output", "hue", "all but hue")]
+
+
 @needs_dali
-@pytest.mark.parametrize("name", PARITY)
-def test_dali_and_torch_make_the_same_views(photographs: Path, name: str) -> None:
+@pytest.mark.parametrize(("images", "name"), ON_SETS)
+def test_dali_and_torch_make_the_same_views(images_of: Callable[[str], Path], images: str, name: str) -> None:
     recipe, tolerance = PARITY[name]
-    source = open_source(photographs)
+    source = open_source(images_of(images))
     (dali,), (reference,) = (take(training(kind, source, recipe, batch_size=64), 1) for kind in ("dali", "torch"))
     assert torch.equal(dali.indices, reference.indices)
     difference = levels(dali.views[0], recipe) - levels(reference.views[0], recipe)
@@ -51,11 +58,18 @@ def test_dali_and_torch_make_the_same_views(photographs: Path, name: str) -> Non
 
 
 @needs_dali
-@pytest.mark.parametrize(("size", "tolerance"), [(224, 5.5), (32, 4.5)])
-def test_whole_views_agree(photographs: Path, cifar: Path, size: int, tolerance: float) -> None:
+@pytest.mark.parametrize(
+    ("images", "size", "tolerance"),
+    [
+        *((images, 224, 5.5) for images in and_shared("photographs")),
+        ("cifar", 32, 5.5),
+        *((more, 32, 4.5) for more in and_shared("cifar")[1:]),  # less colourful
+    ],
+)
+def test_whole_views_agree(images_of: Callable[[str], Path], images: str, size: int, tolerance: float) -> None:
     """The complete recipe, hue included; the weak view has none and is as close as a crop."""
     recipe = reco_recipe(size)
-    source = open_source(photographs if size == 224 else cifar)
+    source = open_source(images_of(images))
     (dali,), (reference,) = (take(training(kind, source, recipe, batch_size=64), 1) for kind in ("dali", "torch"))
     far = [
         (levels(a, recipe) - levels(b, recipe)).abs().mean().item()
