@@ -16,7 +16,7 @@ from small_runs import SMALL, metrics, write_pictures
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "slurm.sbatch"
 OPTIONS = (
-    "--model.key-norm shuffle --train.precision fp32 --train.epochs 60 --run.log-every 2 --data.loader torch "
+    "--model.key-norm shuffle --train.precision fp32 --train.epochs 30 --run.log-every 2 --data.loader torch "
     "--data.workers 1"
 ).split()
 TORCHRUN = """#!/bin/sh
@@ -114,9 +114,9 @@ def test_two_hosts_save_before_the_time_limit_and_go_on(slurm: dict[str, str], t
     assert (tmp_path / "statuses").read_text() == "0\n0\n"
     assert (tmp_path / "requests").read_text().count("requeue") == 1
     lines = metrics(tmp_path / "run")
-    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(2, 121, 2))
+    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(2, 61, 2))
     assert lines[-1]["kind"] == "end"
-    assert lines[-1]["steps"] == 120
+    assert lines[-1]["steps"] == 60
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["bin", "images", "run"]
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["ranks"] == 2
 
