@@ -2,7 +2,10 @@
 
 import gc
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from typing import NamedTuple
 
@@ -46,17 +49,17 @@ class TorchLoader(Loader):
         self._scale = (1 / (255 * std)).repeat(recipe.size).to(device)  # of a row of pixels, [3·S]
         self._shift = (-mean / std).repeat(recipe.size).to(device)
         steps = count(first_step) if order.steps is None else range(first_step, order.steps)
-        self._batches: Iterator[_Pixels] | None = iter(
-            DataLoader(
-                _Steps(source, recipe, order, seed, on_bad_image, self._journal),
-                batch_size=None,  # an item of the data set is a batch
-                sampler=steps,
-                num_workers=workers,
-                pin_memory=device.type == "cuda",
-                prefetch_factor=2 if workers else None,
-                worker_init_fn=_stand_apart,
-            )
+        batches = DataLoader(
+            _Steps(source, recipe, order, seed, on_bad_image, self._journal),
+            batch_size=None,  # an item of the data set is a batch
+            sampler=steps,
+            num_workers=workers,
+            pin_memory=device.type == "cuda",
+            prefetch_factor=2 if workers else None,
+            worker_init_fn=_stand_apart,
         )
+        with _own_sigchld():
+            self._batches: Iterator[_Pixels] | None = iter(batches)
 
         self._ahead = OneAhead(self._make, torch.cuda.Stream(device)) if device.type == "cuda" else None
 
@@ -119,6 +122,16 @@ class OneAhead(Iterator[Batch]):
                 return self._make()
         except (StopIteration, DataError) as error:  # due when this batch is
             return error
+
+
+@contextmanager
+def _own_sigchld() -> Iterator[None]:
+    """Keeps what a SIGCHLD does. PyTorch's handler raises wherever the main thread is when a worker dies: outside of
+    `next`, or in a destructor, where it is printed and lost. Without it `next` sees a dead worker in five seconds."""
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    if before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before)
 
 
 def _stand_apart(_: int) -> None:

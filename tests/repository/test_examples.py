@@ -15,6 +15,7 @@ from small_runs import write_pictures
 from torch import nn
 
 from reco_fast import ReCoLoss
+from reco_fast.pipelines.sources import generated
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FILES = sorted(EXAMPLES.glob("*.py"))
@@ -42,7 +43,11 @@ def test_plain_loop_learns() -> None:
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
-def test_from_python_learns_and_embeds() -> None:
+def test_from_python_learns_and_embeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a tenth of the built-in images."""
+    monkeypatch.setattr(generated, "TRAIN_PER_CLASS", 42)
+    monkeypatch.setattr(generated, "VAL_PER_CLASS", 8)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     made = example("from_python")
     assert len(made["losses"]) == 6
     assert made["losses"][-1] < made["losses"][1]  # while the memory bank fills, it rises

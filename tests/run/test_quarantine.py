@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from loading import HAS_DALI, LOADERS
+from loading import LOADERS
 from odd_images import bad_images, encode, picture
 from small_runs import SMALL, metrics, write_pictures
 
@@ -89,9 +89,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
-# One of the two. With the torch loader one run in four, on a busy machine, also prints an exception that is ignored:
-# PyTorch's handler of SIGCHLD raises wherever the main thread is when a worker dies, so also in a `__del__`.
-@pytest.mark.parametrize("loader", ["dali" if HAS_DALI else "torch"])
+@pytest.mark.parametrize("loader", LOADERS)
 def test_what_killed_a_process_is_named_and_left_out(
     loader: str, images: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
