@@ -62,7 +62,7 @@ def parts(output: Path, images: Path | None, photographs: Path | None, tiny: boo
     accuracy = [sys.executable, "tests/accuracy.py", "--output", str(output / "accuracy.jsonl")]
     accuracy += TINY["accuracy"].split() if tiny else "--rows 256 1024 --lengths 65536".split()
     of_kernels = (*(f"kernels/test_{name}" for name in ("relation_loss", "reference", "launch")), "method/test_losses")
-    of_steps = (f"method/test_{name}" for name in ("cuda_graph", "step", "passes", "model"))
+    of_steps = (f"method/test_{name}" for name in ("cuda_graph", "step", "step_ranks", "passes", "model"))
     found["kernel-tests"] = Task(110, tests(5, *of_kernels), "check")
     found["step-tests"] = Task(200, tests(4, *of_steps), "check")
     found["accuracy"] = Task(200, [accuracy], "check")

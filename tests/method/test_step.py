@@ -1,9 +1,6 @@
-"""The step: what it computes, and that ranks agree."""
+"""The step: what it computes, and what it must not do."""
 
 import dataclasses
-import itertools
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,14 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from dispatch import WAITS, Recorder
-from launchers import ENVIRONMENT, torchrun
 from torch._dynamo.utils import counters
-from torch.nn.parallel import DistributedDataParallel
 
 from reco_fast import train
-from reco_fast.method.state import build_state, fastest_precision, pick_device, pick_precision
+from reco_fast.method.state import build_state
 from reco_fast.method.step import (
     METRICS,
     Draws,
@@ -278,16 +272,6 @@ def test_a_compiled_step_waits_for_nothing(key_norm: Any) -> None:
     assert counters["stats"]["unique_graphs"] >= 2  # student and teacher
 
 
-def test_cudnn_looks_for_the_fastest_convolution_where_a_cuda_device_is_picked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    pick_device("cpu")
-    assert not torch.backends.cudnn.benchmark
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
-    assert pick_device("auto").type == "cuda"
-    assert torch.backends.cudnn.benchmark
-
-
 class Layouts:
     """Activations [n, C > 1, H > 1, W > 1] in another layout than channels-last, by the operator that left them so,
     and convolutions of anything else. `rows` are the sizes of a batch and its groups, no number of channels."""
@@ -372,114 +356,3 @@ def test_a_step_makes_no_copy_of_a_bank_and_few_passes_over_the_weights(precisio
     assert copies == []
     assert recorder.seen.count("_fused_sgd_") == 3  # weights with decay and without, and the teacher's average
     assert teacher == [(False, False)] * 2
-
-
-def test_ranks_send_each_other_gradients_and_keys_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No broadcast of batch-norm buffers, the teacher or the banks in a step."""
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    try:
-        with monkeypatch.context() as several:
-            several.setattr("reco_fast.distributed.world_size", lambda: 2)
-            state = build_state(CONFIG, CPU)
-        assert isinstance(state.run_student, DistributedDataParallel)
-        given, draws = views(0), draw(0, 16, CONFIG, CPU)
-        with torch.profiler.profile() as profile:
-            train_step(state, CONFIG, given, draws, scheduled(0, 10, CONFIG))
-        names = {event.name for event in profile.events() or ()}
-        assert any("allreduce" in name for name in names)
-        assert not [name for name in names if "broadcast" in name and "c10d" in name]
-    finally:
-        dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("key_norm", ["split", "shuffle"])
-def test_draws_differ_from_rank_to_rank_but_for_the_shuffle_of_all(
-    key_norm: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By global rank: nothing repeats on the next node, whose local ranks are the same."""
-    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, key_norm=key_norm))
-    drawn = []
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    for rank in range(3):
-        monkeypatch.setattr("reco_fast.distributed.rank", lambda rank=rank: rank)
-        drawn.append(draw(0, 16, config, CPU)[0])
-    for one, other in itertools.combinations(drawn, 2):
-        assert not torch.equal(one.permutation, other.permutation)
-        assert not torch.equal(one.mix_weights, other.mix_weights)
-        assert torch.equal(one.shuffle, other.shuffle) == (key_norm == "shuffle")
-
-
-WORKER = """
-import dataclasses, os, sys, torch
-from pathlib import Path
-from reco_fast import distributed
-from reco_fast.settings.config import Config, ModelConfig, TrainConfig
-from reco_fast.method.state import build_state
-from reco_fast.method.step import Draws, Schedule, train_step
-config = Config(model=ModelConfig(arch="timm/test_convnext", bank_size=96, projection_dim=16, teacher_momentum=0.9),
-                train=TrainConfig(batch_size=16, precision="fp32"))
-cpu = torch.device("cpu")
-torch.set_num_threads(1)
-with distributed.process_group(cpu):
-    rank, ranks = distributed.rank(), distributed.world_size()
-    state = build_state(config, cpu)
-    losses = []
-    for step in range(20):
-        generator = torch.Generator().manual_seed(step)
-        whole = [torch.randn(16, 3, 32, 32, generator=generator) for _ in range(3)]
-        inner = [torch.randperm(8, generator=generator) for _ in range(2)]  # permutations stay within a rank's half
-        weights = torch.full((32, 32), 0.5 + 0.02 * step)
-        mine = slice(16 // ranks * rank, 16 // ranks * (rank + 1))
-        permutation = inner[rank] if ranks == 2 else torch.cat([inner[0], 8 + inner[1]])
-        views = tuple(v[mine].contiguous(memory_format=torch.channels_last) for v in whole)
-        metrics = train_step(state, config, views, [Draws(permutation, weights, None)], Schedule(0.1, 1.0))
-        losses.append(distributed.sum_over_ranks(metrics[:5].clone()) / ranks)
-    result = {"losses": torch.stack(losses)} | {f"student.{n}": t for n, t in state.student.state_dict().items()}
-    result |= {f"teacher.{n}": t for n, t in state.teacher.state_dict().items()}
-    result |= {f"bank.{n}": t for n, t in state.bank.state_dict().items()}
-    from safetensors.torch import save_file
-    save_file({n: t.contiguous() for n, t in result.items()}, Path(sys.argv[1]) / f"{ranks}-{rank}.safetensors")
-"""
-
-
-def test_one_rank_and_two_agree_over_20_steps(tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    # One rank needs no launcher, which would import PyTorch once more.
-    alone = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, env=ENVIRONMENT)
-    for run in (alone, torchrun(script, tmp_path)):
-        assert run.returncode == 0, run.stderr[-3000:]
-    one, first, second = (load_file(tmp_path / f"{name}.safetensors") for name in ("1-0", "2-0", "2-1"))
-    for name, value in one.items():
-        torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
-        assert torch.equal(first[name], second[name]), f"{name} differs between the two ranks"
-    assert one["losses"][-1, 0] != one["losses"][0, 0]
-
-
-@pytest.mark.parametrize(
-    ("units", "isa", "precision", "why"),
-    [
-        ({"amx_tile", "avx512_bf16"}, None, torch.bfloat16, "the CPU has AMX"),
-        ({"amx_tile", "avx512_bf16"}, "all", torch.bfloat16, "the CPU has AMX"),
-        ({"amx_tile", "avx512_bf16"}, "avx512_core_amx", torch.bfloat16, "the CPU has AMX"),
-        ({"amx_tile", "avx512_bf16"}, "AVX512_CORE_BF16", torch.bfloat16, "the CPU has AVX512_BF16"),
-        ({"avx512_bf16"}, None, torch.bfloat16, "the CPU has AVX512_BF16"),
-        ({"avx512_bf16"}, "AVX512_CORE_AMX", torch.bfloat16, "the CPU has AVX512_BF16"),
-        ({"amx_tile", "avx512_bf16"}, "AVX512_CORE", torch.float32, "the CPU has neither AMX nor AVX512_BF16"),
-        (set(), None, torch.float32, "the CPU has neither AMX nor AVX512_BF16"),
-    ],
-)
-def test_auto_precision_asks_what_the_cpu_has_and_onednn_may_use(
-    monkeypatch: pytest.MonkeyPatch, units: set[str], isa: str | None, precision: torch.dtype, why: str
-) -> None:
-    for name in ("amx_tile", "avx512_bf16"):
-        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name in units)
-    if isa is None:
-        monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
-    else:
-        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", isa)
-    assert fastest_precision(CPU) == (precision, why)
-    assert pick_precision("auto", CPU) == precision
-    assert pick_precision("fp16", CPU) == torch.float16
