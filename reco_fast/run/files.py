@@ -17,9 +17,9 @@ def read_json(path: Path) -> Any:
 
 def read_text(path: Path) -> str:
     """The text of an ordinary file. Raises ConfigError."""
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise ConfigError(f"{path}: expected a file, got something else")
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ConfigError(f"{path}: expected a file, got something else")
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: expected a file that can be read, got: {error.strerror}") from None

@@ -71,6 +71,8 @@ def test_mistakes_name_the_file(content: str | None, message: str, tmp_path: Pat
 
 
 def test_a_file_must_follow() -> None:
+    with pytest.raises(ConfigError, match="File name too long"):
+        train.parse(["--config", 5000 * "x"])
     with pytest.raises(ConfigError, match="--config: expected a file"):
         train.parse(["--config"])
 
