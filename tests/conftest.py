@@ -7,6 +7,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+if os.environ.get("PYTEST_XDIST_WORKER"):  # one of several on these cores; before anything imports PyTorch or NumPy
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 from image_sets import SETS
 from small_runs import PROFILED_STEPS, SMALL
@@ -20,6 +23,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.option.benchmark_disable = not config.getoption("--benchmark")
+    # pytest-xdist would begin with the files of most tests, and end with the longest, alone.
+    config.option.loadscopereorder = False
     import_this_checkout()
 
 

@@ -46,7 +46,8 @@ PLACES = {"/data/train": "train"}
 # What is not run from here, and where it is; the last part of a line is enough.
 ELSEWHERE = {
     "python3 -m venv .venv && .venv/bin/pip install -e . && .venv/bin/reco-fast train": "by hand, README.md",
-    "python3 -m venv .venv && .venv/bin/pip install -e '.[test,dali]' && .venv/bin/python -m pytest": ".ci/run",
+    "python3 -m venv .venv && .venv/bin/pip install -e '.[test,dali]' && .venv/bin/python -m pytest "
+    "-n 3 --dist loadfile": ".ci/run",
     "tensorboard --logdir runs": "tests/profiling/test_trace.py",
     "sbatch --nodes 2 --gpus-per-node 4 examples/slurm.sbatch imagenet100 --data.path /data/train "
     "--run.dir /shared/mine": "tests/repository/test_examples_hosts.py",
