@@ -95,7 +95,7 @@ class Work(NamedTuple):
 
 
 def opened(run_dir: Path, images: ImagesConfig, which: str, batch_size: int, device_name: str) -> Work:
-    """Raises ConfigError or DataError."""
+    """The run's backbone on the device, and the images. Raises ConfigError or DataError."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("WORLD_SIZE: expected one process, without torchrun, got more")
     if images.path is None:

@@ -33,9 +33,10 @@ def config_and_rest(argv: Sequence[str], default: T) -> tuple[T, list[str]]:
         if flag != "--config":
             rest.append(word)
             continue
-        path = Path(file if given else next(words, ""))
-        if path.name == "":
+        file = file if given else next(words, "")
+        if not file:
             raise ConfigError("--config: expected a file, got nothing")
+        path = Path(file)
         try:
             default = updated(default, read_json(path))
         except ConfigError as error:

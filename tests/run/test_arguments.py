@@ -73,8 +73,11 @@ def test_mistakes_name_the_file(content: str | None, message: str, tmp_path: Pat
 def test_a_file_must_follow() -> None:
     with pytest.raises(ConfigError, match="File name too long"):
         train.parse(["--config", 5000 * "x"])
-    with pytest.raises(ConfigError, match="--config: expected a file"):
-        train.parse(["--config"])
+    for words in (["--config"], ["--config="], ["--config", ""]):
+        with pytest.raises(ConfigError, match="--config: expected a file, got nothing"):
+            train.parse(words)
+    with pytest.raises(ConfigError, match="--config /: expected a file, got something else"):
+        train.parse(["--config", "/"])
 
 
 def test_a_preset_from_python_refuses_what_the_command_line_does() -> None:
