@@ -115,9 +115,8 @@ def _write_class(folder: Path, name: str, difficulty: Difficulty) -> None:
         target.mkdir(parents=True)
         for start in range(first, first + count, 60):  # few enough to stay in the processor's cache
             indices = range(start, min(start + 60, first + count))
-            for index, image in zip(
-                indices, draw_picture(list(MOTIFS).index(name), indices, SEED, difficulty), strict=True
-            ):
+            images = draw_picture(list(MOTIFS).index(name), indices, SEED, difficulty)
+            for index, image in zip(indices, images, strict=True):
                 encoded = io.BytesIO()
                 Image.fromarray(image).save(encoded, "JPEG", quality=JPEG_QUALITY)
                 (target / f"{index - first:04d}.jpg").write_bytes(encoded.getbuffer())

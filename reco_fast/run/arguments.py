@@ -2,14 +2,17 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from reco_fast.errors import ConfigError
 from reco_fast.run.files import read_json
 from reco_fast.settings.config import Config, updated
 from reco_fast.settings.presets import preset
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 CONFIG_HELP = "--config FILE: settings as in the config.json of a run, any of them left out. Flags win over it."
 
 

@@ -8,14 +8,17 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
 from reco_fast.errors import ConfigError
 from reco_fast.settings.typed import as_dataclass
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 GONE = {"train": {"convolution"}}
 """Settings that earlier versions wrote and that change nothing that a run learns, by section."""
 
@@ -274,7 +277,7 @@ def updated(base: T, values: object, *, whole: bool = False) -> T:
             sections[name] = as_dataclass(kinds[name], _jsonable(before | given))
         except ValueError as error:
             raise ConfigError(f"section {name!r}: {error}") from None
-    return dataclasses.replace(base, **sections)  # type: ignore[type-var]
+    return dataclasses.replace(base, **sections)
 
 
 def _dashed(name: str) -> str:

@@ -13,11 +13,7 @@ from launchers import ENVIRONMENT, torchrun
 from torch.nn.parallel import DistributedDataParallel
 
 from reco_fast.method.state import build_state
-from reco_fast.method.step import (
-    draw,
-    scheduled,
-    train_step,
-)
+from reco_fast.method.step import draw, scheduled, train_step
 from reco_fast.settings.config import Config, ModelConfig, TrainConfig
 
 CPU = torch.device("cpu")
@@ -25,14 +21,6 @@ CONFIG = Config(
     model=ModelConfig(arch="timm/test_resnet", bank_size=64, projection_dim=16),
     train=TrainConfig(batch_size=16, precision="fp32"),
 )
-
-
-def views(seed: int, rows: int = 16) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(seed)
-    return tuple(
-        torch.randn(rows, 3, 32, 32, generator=generator).contiguous(memory_format=torch.channels_last)
-        for _ in range(3)
-    )
 
 
 def test_ranks_send_each_other_gradients_and_keys_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,7 +31,8 @@ def test_ranks_send_each_other_gradients_and_keys_alone(tmp_path: Path, monkeypa
             several.setattr("reco_fast.distributed.world_size", lambda: 2)
             state = build_state(CONFIG, CPU)
         assert isinstance(state.run_student, DistributedDataParallel)
-        given, draws = views(0), draw(0, 16, CONFIG, CPU)
+        given = tuple(torch.randn(16, 3, 32, 32).contiguous(memory_format=torch.channels_last) for _ in range(3))
+        draws = draw(0, 16, CONFIG, CPU)
         with torch.profiler.profile() as profile:
             train_step(state, CONFIG, given, draws, scheduled(0, 10, CONFIG))
         names = {event.name for event in profile.events() or ()}

@@ -5,6 +5,7 @@ import ctypes
 import gc
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from loading import HAS_DALI, both_loaders, needs_dali, take, tiny, training
+from torch.utils.data._utils import signal_handling
 
 from reco_fast.data import available_cores
 from reco_fast.errors import DataError
@@ -220,6 +222,20 @@ def test_a_batch_is_made_one_call_early_and_handed_over_in_order(monkeypatch: py
 
 
 # Beginning and end
+
+
+def test_the_torch_loader_leaves_the_signal_of_dead_children_alone(
+    cifar: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's handler, set once a process, would raise wherever the main thread is."""
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        take(training("torch", open_source(cifar), tiny()), 1)
+        assert signal_handling._SIGCHLD_handler_set  # it was asked for
+        assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def test_auto_takes_dali_where_it_is_installed(cifar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
