@@ -5,7 +5,8 @@ the training stream. Both loaders apply the same parameters, so a view does not 
 worker or thread that makes it, and resuming at a step needs nothing but its number.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -152,7 +153,7 @@ _CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 _SINGLE = range(_Field.CROP_LEFT + 1)
 _PROPOSALS = [field + attempt for field in (_Field.CROP_AREA, _Field.CROP_ASPECT) for attempt in range(_CROP_ATTEMPTS)]
 _DRAWN = np.array([*_SINGLE, *_PROPOSALS])[:, None]  # a single field's row is its number, the proposals' are the last
-_VIEWS, _ORDER = 0, 1  # what a draw is for
+_VIEWS, _ORDER, _STAND_INS = 0, 1, 2  # what a draw is for
 
 
 def sample_parameters(
@@ -243,6 +244,15 @@ def random_permutation(length: int, seed: int, epoch: int) -> Int64Array:
     """A uniform permutation of `length`, [length] int64: the places of sorted random numbers. It depends on the
     arguments alone, so a run may be resumed with another NumPy, whose own generators are free to change."""
     return np.argsort(_hash(seed, _ORDER, epoch, np.arange(length, dtype=np.int64)), kind="stable").astype(np.int64)
+
+
+def stand_ins(length: int, seed: int, position: int) -> Iterator[int]:
+    """All places of a source of `length`, each once, in an order drawn for this position of the stream: the first good
+    one takes the place of a bad image there. Bad images that are side by side so get stand-ins from all over."""
+    start, stride = (_hash(seed, _STAND_INS, position, np.arange(2)) % np.uint64(length)).tolist()
+    while math.gcd(stride, length) != 1:
+        stride += 1
+    return ((start + number * stride) % length for number in range(length))
 
 
 # Counter-based random numbers: SplitMix64 (Steele, Lea and Flood, 2014), whose output function scrambles a counter.

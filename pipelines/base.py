@@ -2,7 +2,7 @@
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple, Self
 
 import numpy as np
@@ -10,18 +10,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from reco_fast.errors import DataError
+from reco_fast.pipelines.augmentations import stand_ins
 from reco_fast.pipelines.bad_images.journal import Journal
 from reco_fast.pipelines.images import BadImage, ppm_header, to_plain
 from reco_fast.pipelines.sources.image_source import ImageSource
 
 LoaderKind = Literal["auto", "dali", "torch"]
 OnBadImage = Literal["skip", "raise"]
+LONGEST_WAIT = 600.0  # seconds for a batch, where a file system hangs or a decoder does not end
+POLL = 5.0  # seconds of it at a time: a process that was stopped for longer than all of it goes on
 
 
 class Batch(NamedTuple):
     """`views`: one tensor [n, 3, S, S] for each view of the recipe, channels-last in memory, normalised, on the
     loader's device; float32, or float16 on a GPU that computes in less. `indices`: [n] int64 on the CPU, places in the
-    source of the images that are in the batch (a bad image is replaced by the next good one)."""
+    source of the images that are in the batch: in training another image stands in for a bad one, and an evaluation
+    leaves it out, so that n may be less than it was asked for, even 0."""
 
     views: tuple[Tensor, ...]
     indices: Tensor
@@ -61,6 +65,20 @@ class Loader(ABC):
         self.close()
 
 
+def waited_too_long() -> DataError:
+    """The error that no batch came."""
+    return DataError(
+        f"no batch came within {LONGEST_WAIT / 60:g} minutes: the file system does not answer, or an image is never "
+        "decoded to its end; the same command goes on and leaves out an image that does so"
+    )
+
+
+def none_good(bad: Mapping[str, str]) -> DataError:
+    """The error that all images are bad, by name → reason."""
+    name, reason = next(iter(bad.items()))
+    return DataError(f"no image can be used, e.g. {name}: {reason}")
+
+
 class Sample(NamedTuple):
     """An image as read: `data` is an ordinary JPEG or a PPM, `height` and `width` are of the upright image."""
 
@@ -82,18 +100,29 @@ class Decoded(NamedTuple):
 
 
 class ImageReader:
-    """Reads images and steps past bad ones: in place of a bad image comes the next good one of the source.
+    """Reads images and finds a good one in place of each bad one, drawn by `seed`; without a seed it finds none.
 
-    `bad`: index → reason. With `cache_bytes`, a source that fits is read and checked only once, and small images can be
-    kept as what was decoded from them: those of one size in one array, from which batches are taken, any others as
-    PPMs. Much of the time that small images take goes to their headers and tables.
+    `bad`: index → reason. `journal` is told of images that stand in for others before they are read. With
+    `cache_bytes`, a source that fits is read and checked only once, and small images can be kept as what was decoded
+    from them: those of one size in one array, from which batches are taken, any others as PPMs. Much of the time that
+    small images take goes to their headers and tables.
     """
 
     SMALL = 64 * 64  # pixels
 
-    def __init__(self, source: ImageSource, on_bad_image: OnBadImage, *, cache_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        source: ImageSource,
+        on_bad_image: OnBadImage,
+        *,
+        seed: int | None = None,
+        journal: Journal | None = None,
+        cache_bytes: int = 0,
+    ) -> None:
         self._source = source
         self._raise = on_bad_image == "raise"
+        self._seed = seed
+        self._journal = journal or Journal(None)
         self.bad: dict[int, str] = source.known_bad.copy()
         self._cache: dict[int, Sample] = {}
         self._cache_bytes = self._cache_left = cache_bytes
@@ -101,33 +130,43 @@ class ImageReader:
         self._pixels: NDArray[np.uint8] | None = None  # [len(source), H, W, 3]
         self._kept = np.zeros(len(source), bool)  # which of its rows are filled
 
-    def read(self, index: int) -> Sample:
-        """The image at `index`, or the next good one after it.
+    def read(self, position: int, index: int) -> Sample | None:
+        """The image at `index`, or the one that stands in for it at this position of the stream; None where it is bad
+        and none does.
 
         Raises:
-            DataError: no image is good; or one is bad and `on_bad_image` is "raise".
+            DataError: no image is good to stand in; or one is bad and `on_bad_image` is "raise".
         """
-        count = len(self._source)
-        for candidate in range(index, index + count):
-            place = candidate % count
-            cached = self._cache.get(place)  # first: `keep` removes it there after it has put it into the array
-            if cached is not None:
-                return cached
-            if self._kept[place]:
-                return self._as_sample(place)
-            if place in self.bad:
-                continue
-            try:
-                sample = Sample(place, *to_plain(self._source.read(place)))
-            except BadImage as error:
-                self.reject(place, str(error))
-            except OSError as error:
-                self.reject(place, error.strerror or type(error).__name__)
-            else:
-                self._remember(sample)
-                return sample
-        place, reason = next(iter(self.bad.items()))
-        raise DataError(f"no image can be used, e.g. {self._source.names[place]}: {reason}")
+        sample = self._good(index)
+        if sample is not None or self._seed is None:
+            return sample
+        for place in stand_ins(len(self._source), self._seed, position):
+            if place not in self.bad:
+                self._journal.add(place)
+                sample = self._good(place)
+                if sample is not None:
+                    return sample
+        raise none_good({self._source.names[place]: reason for place, reason in self.bad.items()})
+
+    def _good(self, index: int) -> Sample | None:
+        """The image at `index` unless it is bad."""
+        cached = self._cache.get(index)  # first: `keep` removes it there after it has put it into the array
+        if cached is not None:
+            return cached
+        if self._kept[index]:
+            return self._as_sample(index)
+        if index in self.bad:
+            return None
+        try:
+            sample = Sample(index, *to_plain(self._source.read(index)))
+        except BadImage as error:
+            self.reject(index, str(error))
+        except OSError as error:
+            self.reject(index, error.strerror or type(error).__name__)
+        else:
+            self._remember(sample)
+            return sample
+        return None
 
     def reject(self, index: int, reason: str) -> None:
         """Record a bad image. Raises DataError where that is asked for."""
@@ -158,14 +197,17 @@ class ImageReader:
                 del self._cache[sample.place]
                 self._cache_left = left
 
-    def decoded(self, indices: NDArray[np.int64]) -> Decoded | None:
-        """The images at `indices`, [n] int64, each bad one replaced as `read` does; None until all good ones of the
-        source are kept in the array, so that no batch after the first is None again."""
+    def decoded(self, positions: NDArray[np.int64], indices: NDArray[np.int64]) -> Decoded | None:
+        """The images at `indices`, [n] int64, of a stream in which each has a place, with what stands in for bad ones;
+        None until all good ones of the source are kept in the array, so that no batch after the first is None again.
+        """
         if self._pixels is None or np.count_nonzero(self._kept) + len(self.bad) < len(self._kept):
             return None
         places = indices.copy()
         for row in np.flatnonzero(~self._kept[indices]).tolist():
-            places[row] = self.read(int(indices[row])).place
+            sample = self.read(int(positions[row]), int(indices[row]))
+            assert sample is not None  # only training keeps images
+            places[row] = sample.place
         return Decoded(places, self._pixels.take(places, axis=0))
 
     def _as_sample(self, place: int) -> Sample:

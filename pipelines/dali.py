@@ -5,8 +5,8 @@ import re
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from queue import Full, Queue
+from multiprocessing.pool import ThreadPool
+from queue import Empty, Full, Queue
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +19,17 @@ from torch.utils.dlpack import from_dlpack
 from reco_fast.errors import DataError
 from reco_fast.pipelines.augmentations import Recipe, sample_parameters
 from reco_fast.pipelines.bad_images.journal import Journal
-from reco_fast.pipelines.base import Batch, Decoded, ImageReader, Loader, OnBadImage, Sample
+from reco_fast.pipelines.base import (
+    LONGEST_WAIT,
+    POLL,
+    Batch,
+    Decoded,
+    ImageReader,
+    Loader,
+    OnBadImage,
+    Sample,
+    waited_too_long,
+)
 from reco_fast.pipelines.dali_graph import graph, to_dali, view_inputs
 from reco_fast.pipelines.images import BadImage, to_ppm
 from reco_fast.pipelines.order import Order
@@ -28,6 +38,7 @@ from reco_fast.pipelines.sources.image_source import ImageSource
 _READERS = 8  # threads that wait for the file system
 _READ_AHEAD = 3  # batches of encoded images
 _DECODE_AHEAD = 2  # batches in DALI
+_LAST_WAIT = 10.0  # seconds for the read-ahead to end
 _CACHE_BYTES = 512 * 2**20  # a small data set is read and checked once
 _NO_MEMORY = re.compile(r"out of memory|Can't allocate|allocation failed|allocator failure|cudaErrorMemoryAllocation")
 
@@ -55,7 +66,14 @@ class DaliLoader(Loader):
         self._dtype = dtype
         self._workers = max(1, workers)
         self._order = order
-        self._reader = ImageReader(source, on_bad_image, cache_bytes=_CACHE_BYTES if order.steps is None else 0)
+        trains = order.steps is None
+        self._reader = ImageReader(
+            source,
+            on_bad_image,
+            seed=seed if trains else None,
+            journal=self._journal,
+            cache_bytes=_CACHE_BYTES if trains else 0,
+        )
         self._bad = self._reader.bad
         self._ahead = _ReadAhead(order, self._reader, first_step, self._prepare, self._journal)
         self._again: deque[_Prepared] = deque()  # that the next pipeline begins with
@@ -68,6 +86,8 @@ class DaliLoader(Loader):
         while not self._ahead.closed:
             try:
                 if self._pipeline is None:
+                    if self._first().nothing:
+                        return self._empty()
                     self._pipeline = self._build()
                 outputs = self._run()
             except StopIteration:
@@ -116,14 +136,26 @@ class DaliLoader(Loader):
             return None
         return torch.cuda.current_device() if self._device.index is None else self._device.index
 
-    def _build(self) -> Any:
+    def _first(self) -> "_Prepared":
+        """What the next pipeline will begin with."""
         if not self._again:
             self._again.append(self._ahead.take())
-        samples = self._again[0].samples
-        self._takes_decoded = not samples
+        return self._again[0]
+
+    def _empty(self) -> Batch:
+        """In place of a batch without a good image, which DALI could not take."""
+        self._journal.end()
+        places = torch.from_numpy(self._again.popleft().places)
+        size = self._recipe.size
+        view = torch.empty((0, size, size, 3), dtype=self._dtype, device=self._device).permute(0, 3, 1, 2)
+        return Batch((view,) * len(self._recipe.views), places)
+
+    def _build(self) -> Any:
+        first = self._first()
+        self._takes_decoded = first.decoded
         largest = None
-        if samples:
-            largest = max(sample.height for sample in samples), max(sample.width for sample in samples)
+        if not first.decoded:
+            largest = max(sample.height for sample in first.samples), max(sample.width for sample in first.samples)
         self._with_decoded = largest is not None and self._reader.keeps_decoded(*largest)
         pipeline = graph(
             self._feed,
@@ -151,21 +183,26 @@ class DaliLoader(Loader):
 
     def _feed(self) -> list[Any]:
         """The next batch's inputs, as DALI asks for them. Raises StopIteration where this pipeline takes no more."""
-        prepared = self._again.popleft() if self._again else self._ahead.take()
-        if self._takes_decoded != (not prepared.samples):
-            self._again.appendleft(prepared)
+        prepared = self._first()
+        if prepared.nothing or self._takes_decoded != prepared.decoded:
             raise StopIteration
-        self._in_flight.append(prepared)
+        self._in_flight.append(self._again.popleft())
         return prepared.inputs
 
-    def _prepare(self, positions: NDArray[np.int64], images: list[Sample] | Decoded) -> "_Prepared":
+    def _prepare(self, positions: NDArray[np.int64], images: list[Sample | None] | Decoded) -> "_Prepared":
         content: Any
+        samples: list[Sample] = []
         if isinstance(images, Decoded):
-            samples, places, content = [], *images
+            places, content = images
             heights, widths = (np.full(len(places), side) for side in content.shape[1:3])
         else:
-            samples, content = images, [np.frombuffer(sample.data, np.uint8) for sample in images]
-            places, heights, widths = np.array([(s.place, s.height, s.width) for s in samples], np.int64).T.copy()
+            samples = [sample for sample in images if sample is not None]
+            positions = positions[[sample is not None for sample in images]]
+            content = [np.frombuffer(sample.data, np.uint8) for sample in samples]
+            sizes = np.array([(s.place, s.height, s.width) for s in samples], np.int64).reshape(-1, 3)
+            places, heights, widths = sizes.T.copy()
+        if not len(places):
+            return _Prepared(positions, places, samples, [])
         inputs = [to_dali(content)]
         for number, view in enumerate(self._recipe.views):
             parameters = sample_parameters(view, number, self._seed, positions, heights, widths)
@@ -180,16 +217,18 @@ class DaliLoader(Loader):
         self._drop_pipeline()
         failed, *rest = self._in_flight
         self._in_flight.clear()
-        mended = self._prepare(failed.positions, [self._by_pillow(sample) for sample in failed.samples])
+        pairs = zip(failed.positions.tolist(), failed.samples, strict=True)
+        mended = self._prepare(failed.positions, [self._by_pillow(position, sample) for position, sample in pairs])
         self._again.extendleft(reversed([mended._replace(by_pillow=True), *rest]))
 
-    def _by_pillow(self, sample: Sample) -> Sample:
-        while True:
+    def _by_pillow(self, position: int, sample: Sample | None) -> Sample | None:
+        while sample is not None:
             try:
                 return Sample(sample.place, *to_ppm(sample.data))
             except BadImage as error:
                 self._reader.reject(sample.place, str(error))
-                sample = self._reader.read(sample.place)
+                sample = self._reader.read(position, sample.place)
+        return None
 
     def close(self) -> None:
         self._ahead.close()
@@ -209,8 +248,16 @@ class _Prepared(NamedTuple):
     inputs: list[Any]  # of the graph, in its order
     by_pillow: bool = False
 
+    @property
+    def nothing(self) -> bool:
+        return not len(self.places)
 
-_Prepare = Callable[[NDArray[np.int64], list[Sample] | Decoded], _Prepared]
+    @property
+    def decoded(self) -> bool:
+        return not self.samples
+
+
+_Prepare = Callable[[NDArray[np.int64], list[Sample | None] | Decoded], _Prepared]
 
 
 class _ReadAhead:
@@ -240,15 +287,20 @@ class _ReadAhead:
 
     def take(self) -> _Prepared:
         """The next batch. Raises StopIteration after the last, or what reading it raised."""
-        item = self._queue.get()
-        if isinstance(item, BaseException):
-            self._put(item)  # for whoever asks again
-            raise item
-        return item
+        for _ in range(round(LONGEST_WAIT / POLL)):
+            try:
+                item = self._queue.get(timeout=POLL)
+            except Empty:
+                continue
+            if isinstance(item, BaseException):
+                self._put(item)  # for whoever asks again
+                raise item
+            return item
+        raise waited_too_long()
 
     def close(self) -> None:
         self._closing.set()
-        self._thread.join()
+        self._thread.join(_LAST_WAIT)  # it may hang in the file system
 
     def _read(
         self,
@@ -259,14 +311,14 @@ class _ReadAhead:
         journal: Journal,
     ) -> None:
         try:
-            with ThreadPoolExecutor(_READERS, thread_name_prefix="reco_fast reader") as pool:
+            with ThreadPool(_READERS) as pool:
                 while not self.closed and (order.steps is None or step < order.steps):
                     positions, indices = order.batch(step)
                     journal.begin(indices.tolist())
-                    images: list[Sample] | Decoded | None = reader.decoded(indices)
+                    images: list[Sample | None] | Decoded | None = reader.decoded(positions, indices)
                     if images is None:
-                        chunks = pool.map(lambda part: [reader.read(i) for i in part.tolist()], _split(indices))
-                        images = [sample for chunk in chunks for sample in chunk]
+                        asked = list(zip(positions.tolist(), indices.tolist(), strict=True))
+                        images = pool.starmap(reader.read, asked, chunksize=-(-len(asked) // _READERS))
                     self._put(prepare(positions, images))
                     step += 1
             self._put(StopIteration())
@@ -279,7 +331,3 @@ class _ReadAhead:
                 return self._queue.put(item, timeout=0.1)
             except Full:
                 continue
-
-
-def _split(indices: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    return np.array_split(indices, min(_READERS, len(indices)))

@@ -1,12 +1,15 @@
 """The recipe by Pillow and torchvision, in worker processes: slower than DALI, and runs wherever PyTorch does."""
 
 import gc
+import math
+import mmap
+import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import count
+from itertools import count, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -20,15 +23,17 @@ from torchvision.transforms import functional
 from reco_fast.errors import DataError
 from reco_fast.pipelines.augmentations import Recipe, ViewParameters, sample_parameters
 from reco_fast.pipelines.bad_images.journal import Journal
-from reco_fast.pipelines.base import Batch, ImageReader, Loader, OnBadImage, Sample
+from reco_fast.pipelines.base import LONGEST_WAIT, POLL, Batch, ImageReader, Loader, OnBadImage, Sample, waited_too_long
 from reco_fast.pipelines.images import BadImage, decode_image
 from reco_fast.pipelines.order import Order
 from reco_fast.pipelines.sources.image_source import ImageSource
 
+_AHEAD = 2  # batches that each worker has under way
+
 
 class TorchLoader(Loader):
-    """Whole batches made by `workers` processes (0: by the caller), sent as bytes and normalised on the device.
-    The batches do not depend on the number of workers."""
+    """Whole batches made by `workers` processes (0: by the caller), handed over as bytes in memory that they share, and
+    normalised on the device. The batches do not depend on the number of workers."""
 
     def __init__(
         self,
@@ -49,18 +54,25 @@ class TorchLoader(Loader):
         self._scale = (1 / (255 * std)).repeat(recipe.size).to(device)  # of a row of pixels, [3·S]
         self._shift = (-mean / std).repeat(recipe.size).to(device)
         steps = count(first_step) if order.steps is None else range(first_step, order.steps)
+        trains = order.steps is None
+        reader = ImageReader(source, on_bad_image, seed=seed if trains else None, journal=self._journal)
+        if workers:
+            _check_semaphores(workers)
+        # One more than are under way: of the batch that the caller has got nothing is read any more after `_make`.
+        self._slots = _Slots(_AHEAD * workers + 1, order.batch_size, recipe)
         batches = DataLoader(
-            _Steps(source, recipe, order, seed, on_bad_image, self._journal),
+            _Steps(reader, recipe, order, seed, self._journal, self._slots),
             batch_size=None,  # an item of the data set is a batch
             sampler=steps,
             num_workers=workers,
-            pin_memory=device.type == "cuda",
-            prefetch_factor=2 if workers else None,
+            prefetch_factor=_AHEAD if workers else None,
             worker_init_fn=_stand_apart,
+            timeout=POLL if workers else 0,
+            multiprocessing_context="fork" if workers else None,  # which hands on the memory
         )
         with _own_sigchld():
-            self._batches: Iterator[_Pixels] | None = iter(batches)
-
+            self._batches: Iterator[_Made] | None = iter(batches)
+        self._keeps_notes = False
         self._ahead = OneAhead(self._make, torch.cuda.Stream(device)) if device.type == "cuda" else None
 
     def __next__(self) -> Batch:
@@ -69,32 +81,45 @@ class TorchLoader(Loader):
         return self._make() if self._ahead is None else next(self._ahead)
 
     def _make(self) -> Batch:
+        made = self._next()
+        if made.error:
+            raise DataError(made.error)
+        self._bad |= made.bad
+        views = self._slots.views[made.slot, :, : made.images]
+        places = torch.from_numpy(self._slots.places[made.slot, : made.images].copy())
+        return Batch(tuple(self._normalize(torch.from_numpy(view)) for view in views), places)
+
+    def _next(self) -> "_Made":
         assert self._batches is not None
-        try:
-            pixels = next(self._batches)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            self._journal = Journal(None)  # what the worker had under way stays noted
-            raise DataError(
-                "a process of the loader was ended, perhaps by an image that it was decoding; the same command goes on "
-                f"and leaves out an image that does so ({str(error).splitlines()[0]})"
-            ) from None
-        if pixels.error:
-            raise DataError(pixels.error)
-        self._bad |= pixels.bad
-        return Batch(tuple(self._normalize(view) for view in pixels.views), pixels.indices)
+        for _ in range(round(LONGEST_WAIT / POLL)):
+            try:
+                return next(self._batches)
+            except RuntimeError as error:
+                if "DataLoader timed out" in str(error):
+                    continue
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise DataError(
+                    "a process of the loader was ended, perhaps by an image that it was decoding; the same command "
+                    f"goes on and leaves out an image that does so ({str(error).splitlines()[0]})"
+                ) from None
+        self._keeps_notes = True
+        raise waited_too_long()
 
     def _normalize(self, view: Tensor) -> Tensor:
-        """[n, S, S, 3] bytes to [n, 3, S, S] channels-last floats."""
+        """[n, S, S, 3] bytes to [n, 3, S, S] channels-last floats. They are not read any more when it returns."""
         n, size = view.shape[:2]
+        if self._device.type == "cuda":
+            view = view.pin_memory()
         rows = view.to(self._device, non_blocking=True).view(n * size, size * 3)
         normal = torch.addcmul(self._shift, rows.float(), self._scale).to(self._dtype)
         return normal.view(n, size, size, 3).permute(0, 3, 1, 2)
 
     def close(self) -> None:
+        workers = multiprocessing.active_children()  # none that died
         self._batches = None  # the DataLoader's iterator ends its workers as it goes
-        self._journal.close()
+        if not self._keeps_notes:
+            self._journal.close([each.pid for each in workers if each.pid and each.exitcode in (0, None)])
 
 
 class OneAhead(Iterator[Batch]):
@@ -134,6 +159,18 @@ def _own_sigchld() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, before)
 
 
+def _check_semaphores(workers: int) -> None:
+    """Raises DataError where the queues of so many workers would find no room, in the middle of being made."""
+    try:
+        context = multiprocessing.get_context("fork")
+        _ = [context.Lock() for _ in range(4 * (workers + 1))]
+    except OSError as error:
+        raise DataError(
+            f"/dev/shm: expected room for the semaphores of {workers} processes, got {error.strerror}; in a container "
+            "--shm-size=64m gives some, and --data.loader dali needs none"
+        ) from None
+
+
 def _stand_apart(_: int) -> None:
     """A forked worker inherits the garbage of its parent; to collect a DALI pipeline there would hang. And what is sent
     to the parent's process group (Ctrl-C, torchrun's SIGTERM) is for the parent, which still needs batches until it
@@ -142,52 +179,86 @@ def _stand_apart(_: int) -> None:
     os.setpgid(0, 0)
 
 
-class _Pixels(NamedTuple):
-    views: tuple[Tensor, ...]
-    indices: Tensor
+class _Slots:
+    """Memory for whole batches that forked workers fill: `views` [slots, views, n, S, S, 3] uint8 and `places`
+    [slots, n] int64. It belongs to no file system, so no small /dev/shm (64 MB in a container) can be too small for it.
+    """
+
+    def __init__(self, slots: int, batch_size: int, recipe: Recipe) -> None:
+        views = (slots, len(recipe.views), batch_size, recipe.size, recipe.size, 3)
+        places = slots * batch_size * 8
+        try:
+            memory = mmap.mmap(-1, places + math.prod(views))  # taken page by page, as it is written
+        except OSError as error:
+            raise MemoryError(str(error)) from None
+        self.places = np.frombuffer(memory, np.int64, slots * batch_size).reshape(slots, batch_size)
+        self.views = np.frombuffer(memory, np.uint8, offset=places).reshape(views)
+
+
+class _Made(NamedTuple):
+    """That so many images of a batch are in a slot, and what was `bad` that was not said before. Small, or a worker
+    that is killed while it sends could leave half a message."""
+
+    slot: int
+    images: int
     bad: dict[int, str]
-    error: str  # a DataError's text; raised here it would arrive wrapped in the worker's traceback
+    error: str = ""  # a DataError's text; raised here it would arrive wrapped in the worker's traceback
 
 
-class _Steps(Dataset[_Pixels]):
-    """Batch `step`: each view [n, S, S, 3] uint8."""
+class _Steps(Dataset[_Made]):
+    """Batch `step`, put into a slot."""
 
     def __init__(
         self,
-        source: ImageSource,
+        reader: ImageReader,
         recipe: Recipe,
         order: Order,
         seed: int,
-        on_bad_image: OnBadImage,
         journal: Journal,
+        slots: _Slots,
     ) -> None:
-        self._reader = ImageReader(source, on_bad_image)
-        self._journal = journal
+        self._reader = reader
+        self._said = len(reader.bad)
         self._recipe = recipe
         self._order = order
         self._seed = seed
+        self._journal = journal
+        self._slots = slots
 
-    def __getitem__(self, step: int) -> _Pixels:
+    def __getitem__(self, step: int) -> _Made:
+        slot = step % len(self._slots.views)
         positions, wanted = self._order.batch(step)
         self._journal.begin(wanted.tolist())
-        places = np.empty_like(wanted)
-        size = self._recipe.size
-        views = [np.empty((len(wanted), size, size, 3), np.uint8) for _ in self._recipe.views]
         try:
-            samples = [self._reader.read(index) for index in wanted.tolist()]
-            parameters = self._parameters(positions, samples)
-            for row, sample in enumerate(samples):
-                drawn, at = parameters, row
-                while (image := self._decode(sample)) is None:
-                    sample = self._reader.read(sample.place)
-                    drawn, at = self._parameters(positions[row : row + 1], [sample]), 0
-                places[row] = sample.place
-                for view, p in zip(views, drawn, strict=True):
-                    view[row] = render(image, p, at, size)
+            count = self._fill(slot, positions, wanted)
         except DataError as error:
-            return _Pixels((), torch.empty(0), {}, str(error))
+            return _Made(slot, 0, {}, str(error))
         self._journal.end()
-        return _Pixels(tuple(map(torch.from_numpy, views)), torch.from_numpy(places), self._reader.bad.copy(), "")
+        new = dict(islice(self._reader.bad.items(), self._said, None))
+        self._said += len(new)
+        return _Made(slot, count, new)
+
+    def _fill(self, slot: int, positions: NDArray[np.int64], wanted: NDArray[np.int64]) -> int:
+        """Put the images of these positions into a slot. Returns how many there are."""
+        views, places = self._slots.views[slot], self._slots.places[slot]
+        found = [self._reader.read(*each) for each in zip(positions.tolist(), wanted.tolist(), strict=True)]
+        positions = positions[[sample is not None for sample in found]]
+        samples = [sample for sample in found if sample is not None]
+        parameters = self._parameters(positions, samples)
+        count = 0
+        for row, each in enumerate(samples):
+            sample, drawn, at = each, parameters, row
+            while (image := self._decode(sample)) is None:
+                stand_in = self._reader.read(int(positions[row]), sample.place)
+                if stand_in is None:
+                    break
+                sample, drawn, at = stand_in, self._parameters(positions[row : row + 1], [stand_in]), 0
+            if image is not None:
+                places[count] = sample.place
+                for view, p in zip(views, drawn, strict=True):
+                    view[count] = render(image, p, at, self._recipe.size)
+                count += 1
+        return count
 
     def _parameters(self, positions: NDArray[np.int64], samples: list[Sample]) -> list[ViewParameters]:
         heights, widths = [sample.height for sample in samples], [sample.width for sample in samples]

@@ -20,7 +20,7 @@ import torch
 
 from reco_fast.data import open_data
 from reco_fast.errors import ConfigError
-from reco_fast.evaluation.features import labelled_features, linear_top1
+from reco_fast.evaluation.features import Features, labelled_features, linear_top1
 from reco_fast.method.state import pick_device
 from reco_fast.run import run_folder
 from reco_fast.run.arguments import CONFIG_HELP, preset_and_rest
@@ -185,7 +185,8 @@ def judged(config: Config) -> dict[str, Any] | None:
     device = pick_device(config.train.device)
     _, encoder = load_run(config.run.dir, "student")
     backbone = encoder.get_submodule("backbone").to(device).to(memory_format=torch.channels_last)
-    top1, penalty = linear_top1(labelled_features(backbone, labelled, config, device))
+    features = Features.of(labelled, *labelled_features(backbone, labelled, config, device))
+    top1, penalty = linear_top1(features)
     kept = ("steps", "seconds", "knn_top1_initial", "knn_top1")
     return {"images": len(source)} | {name: end[name] for name in kept} | {"linear_top1": top1, "linear_c": penalty}
 

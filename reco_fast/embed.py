@@ -25,7 +25,9 @@ from torch import nn
 from reco_fast.data import loader_workers, open_evaluation_loader
 from reco_fast.errors import ConfigError
 from reco_fast.evaluation.embedding_files import Part, Parts, name_bad_images, write_npz, write_parquet, write_projector
+from reco_fast.evaluation.features import outputs
 from reco_fast.method.state import pick_device, pick_precision
+from reco_fast.pipelines.base import none_good
 from reco_fast.pipelines.order import EvaluationOrder
 from reco_fast.pipelines.sources.image_source import ImageSource
 from reco_fast.pipelines.sources.open import open_source
@@ -130,6 +132,8 @@ def embed_images(
         parts = Parts(Path(folder), work.fingerprint())
         compute(work, parts)
         found = parts.join(work.source.unreadable)
+    if not len(found.features):
+        raise none_good(found.bad)
     return Embedded(found.features, [work.source.names[index] for index in found.indices.tolist()], found.bad)
 
 
@@ -149,6 +153,9 @@ def embed(command: EmbedCommand) -> int:
         print(f"\nstopped after {parts.images} images; the same command goes on from there", file=sys.stderr)
         return 130
     found = parts.join(source.unreadable)
+    if not len(found.features):
+        parts.remove()
+        raise none_good(found.bad)
     with whole_file(command.output) as path:
         (write_npz if command.output.suffix == ".npz" else write_parquet)(path, found, source)
     parts.remove()
@@ -181,15 +188,13 @@ def compute(work: Work, parts: Parts) -> Meter:
             for step in range(parts.steps, order.steps):
                 with meter.waiting():
                     batch = next(loader)
-                with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                    features = work.backbone(batch.views[0]).float().cpu().numpy()
+                features = outputs(work.backbone, batch.views[0], precision).cpu().numpy()
                 _, wanted = order.batch(step)
-                good = batch.indices.numpy() == wanted  # in place of a bad image stands a good one, which has its own
-                bad = {}
-                if not good.all():
-                    reasons = loader.bad_images
-                    bad = {source.names[index]: reasons[source.names[index]] for index in wanted[~good].tolist()}
-                part.add(features[good], wanted[good], bad)
+                places, bad = batch.indices.numpy(), {}
+                if len(places) < len(wanted):
+                    names, reasons = [source.names[i] for i in np.setdiff1d(wanted, places)], loader.bad_images
+                    bad = {name: reasons[name] for name in names}
+                part.add(features, places, bad)
                 advance(len(wanted))
                 meter.add(len(wanted))
                 if time.monotonic() - started > PART_SECONDS:

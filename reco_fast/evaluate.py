@@ -11,7 +11,7 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from reco_fast.data import LabelledData, open_labelled
 from reco_fast.errors import ConfigError
 from reco_fast.evaluation import classifiers, pictures
-from reco_fast.evaluation.features import features_of
+from reco_fast.evaluation.features import Extracted, features_of
 from reco_fast.method.state import pick_device
 from reco_fast.pipelines.sources.image_source import ImageSource
 from reco_fast.pipelines.sources.open import open_source
@@ -51,19 +51,6 @@ def main() -> NoReturn:
     command_line.serve("evaluate", EvaluateCommand, evaluate, __doc__)
 
 
-class Extracted(NamedTuple):
-    """Images, their features [n, F] float32 on the device, and the features' places in the source [n] on the CPU."""
-
-    source: ImageSource
-    features: Tensor
-    places: Tensor
-
-    @classmethod
-    def of(cls, source: ImageSource, backbone: nn.Module, config: Config, device: torch.device) -> "Extracted":
-        with progress(len(source), 0) as advance:
-            return cls(source, *features_of(backbone, source, config, device, advance=advance))
-
-
 def evaluate(command: EvaluateCommand) -> dict[str, Any]:
     """Print what was measured, and leave it in the run folder: pictures in `evaluation/`, and `evaluation.json`, whose
     content it returns. Raises ConfigError or DataError."""
@@ -81,21 +68,21 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
     clear_pictures(folder)
 
     backbone = encoder.get_submodule("backbone").to(device).to(memory_format=torch.channels_last)
-    train = Extracted.of(source, backbone, config, device)
+    train = extracted(source, backbone, config, device)
     fill = spread(train.features)
     print(
-        f"{len(source):,} images, {train.features.shape[1]} features: effective rank {fill.rank:.1f}, "
+        f"{len(train.features):,} images, {train.features.shape[1]} features: effective rank {fill.rank:.1f}, "
         f"norm of the mean {fill.mean_norm:.2f}",
         flush=True,
     )
     result: dict[str, Any] = {"which": command.which, "knn_top1": None, "linear_top1": None, "linear_c": None}
     result |= {"path": str(path), "val_path": None if val_path is None else str(val_path)}
-    result |= {"images": len(source), **{f"backbone_{name}": value for name, value in fill._asdict().items()}}
+    result |= {"images": len(train.features), **{f"backbone_{name}": value for name, value in fill._asdict().items()}}
     if labelled is None:
         print("no --data.val-path, so no kNN and no linear probe: those need held-out images in one folder a class")
         shown = train
     else:
-        shown = Extracted.of(labelled.val, backbone, config, device)
+        shown = extracted(labelled.val, backbone, config, device)
         result |= classify(train, shown, labelled, config, folder)
     if pictures.available():
         picture_neighbours(folder, shown, train)
@@ -106,6 +93,12 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
         print("pictures need matplotlib: pip install 'reco-fast[evaluate]'")
     write_json(command.run_dir / "evaluation.json", result)
     return result
+
+
+def extracted(source: ImageSource, backbone: nn.Module, config: Config, device: torch.device) -> Extracted:
+    """Features of all good images, with progress shown."""
+    with progress(len(source), 0) as advance:
+        return features_of(backbone, source, config, device, advance=advance)
 
 
 def chosen_data(given: DataConfig, run: DataConfig) -> DataConfig:

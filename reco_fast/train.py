@@ -18,7 +18,7 @@ from torchvision.utils import make_grid
 
 from reco_fast import distributed
 from reco_fast.data import open_data, open_training_loader, recipe
-from reco_fast.evaluation.features import features_of, knn_top1, labelled_features
+from reco_fast.evaluation.features import Features, features_of, knn_top1, labelled_features
 from reco_fast.method.losses import loss_runs
 from reco_fast.method.state import TrainState, build_state, fastest_precision, pick_device
 from reco_fast.method.step import draw, scheduled, train_step
@@ -167,8 +167,13 @@ def save(
     sums.copy_(torch.tensor(progress.sums))
     if distributed.rank() == 0:
         writer.save(state, dataclasses.asdict(progress))
-    bad = [f"{one_line(name)}\t{one_line(reason)}" for name, reason in loader.bad_images.items()]
-    log.bad_images(distributed.gather_lines(bad, state.device))
+    log.bad_images(distributed.gather_lines(bad_lines(loader.bad_images), state.device))
+
+
+def bad_lines(bad: dict[str, str], path: Path | None = None) -> list[str]:
+    """As bad_images.txt has them: name and reason of images below the training path, or below `path`."""
+    prefix = "" if path is None else f"{path}/"
+    return [f"{one_line(prefix + name)}\t{one_line(reason)}" for name, reason in bad.items()]
 
 
 def say_end(run: Run, state: TrainState, progress: Progress, log: RunLog) -> None:
@@ -192,14 +197,16 @@ def evaluate_student(run: Run, state: TrainState, progress: Progress, log: RunLo
     config, backbone = run.config, state.student.backbone
     top1, findings = None, []
     if run.labelled is None:
-        train, _ = features_of(backbone, run.source, config, state.device, count=SAMPLE)
+        train = features_of(backbone, run.source, config, state.device, count=SAMPLE)
     else:
-        features = labelled_features(backbone, run.labelled, config, state.device)
-        train = features.train
+        train, val = labelled_features(backbone, run.labelled, config, state.device)
+        features = Features.of(run.labelled, train, val)
         options = config.eval
         top1 = knn_top1(features, len(run.labelled.classes), k=options.knn_k, temperature=options.knn_temperature)
-        findings = progress.watch.evaluation(top1, len(features.val), config)
-    log.evaluation(state.step, run.epoch(state.step), progress.seconds, top1, spread(train), findings)
+        findings = progress.watch.evaluation(top1, len(val.features), config)
+        log.bad_images(bad_lines(val.bad, config.data.val_path))
+    log.bad_images(bad_lines(train.bad))
+    log.evaluation(state.step, run.epoch(state.step), progress.seconds, top1, spread(train.features), findings)
     return top1
 
 

@@ -1,5 +1,6 @@
 """Features of frozen networks, and the two figures that say how good they are."""
 
+import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,9 +11,20 @@ from reco_fast import distributed
 from reco_fast.data import LabelledData, open_evaluation_loader
 from reco_fast.evaluation import classifiers
 from reco_fast.method.state import pick_precision
+from reco_fast.pipelines.base import none_good
 from reco_fast.pipelines.order import EvaluationOrder
 from reco_fast.pipelines.sources.image_source import ImageSource
 from reco_fast.settings.config import Config, DataConfig
+
+
+class Extracted(NamedTuple):
+    """Of the good images of a source, in their order: `features` [n, F] float32 on the device, and `places` in the
+    source [n] int64 on the CPU. `bad`: name → reason of those left out."""
+
+    source: ImageSource
+    features: Tensor
+    places: Tensor
+    bad: dict[str, str]
 
 
 @torch.no_grad()
@@ -26,27 +38,42 @@ def extract_features(
     precision: torch.dtype,
     count: int | None = None,
     advance: Callable[[int], None] = lambda images: None,
-) -> tuple[Tensor, Tensor]:
-    """`model`'s outputs [n, F] float32 for the un-augmented images of `source`, and the images' indices [n].
+) -> Extracted:
+    """`model`'s outputs for the un-augmented images of `source`.
 
-    With `count`, of at most so many images, evenly chosen. Ranks share the work and each gets the whole; the order is
-    that of the loader. The mode of `model` is kept. `advance` is told of each batch.
+    With `count`, of at most so many images, evenly chosen. Ranks share the work and each gets the whole. The mode of
+    `model` is kept. `advance` is told of each batch.
+
+    Raises:
+        DataError: no image is good; or one is bad and the data's `on_bad_image` is "raise".
     """
     training = model.training
     model.eval()
     order = EvaluationOrder(
         len(source), batch_size, count=count, rank=distributed.rank(), world_size=distributed.world_size()
     )
-    features, indices = [], []
+    features, places = [], [torch.empty(0, dtype=torch.int64)]
     with open_evaluation_loader(data, source, order, device, precision) as loader:
-        for batch in loader:
-            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                features.append(model(batch.views[0]).float())
-            indices.append(batch.indices)
-            advance(len(batch.indices))
+        for step, batch in enumerate(loader):
+            features.append(outputs(model, batch.views[0], precision))
+            places.append(batch.indices)
+            advance(len(order.batch(step)[0]))
+        pairs = distributed.gather_lines([json.dumps(pair) for pair in loader.bad_images.items()], device)
+    if not features:
+        features = [outputs(model, torch.empty(0, 3, data.image_size, data.image_size, device=device), precision)]
     model.train(training)
-    gathered = distributed.all_gather_uneven(torch.cat(indices).to(device))
-    return distributed.all_gather_uneven(torch.cat(features)), gathered.cpu()
+    gathered = distributed.all_gather_uneven(torch.cat(places).to(device)).cpu()
+    bad = dict(map(json.loads, pairs))
+    if not len(gathered):
+        raise none_good(bad)
+    return Extracted(source, distributed.all_gather_uneven(torch.cat(features)), gathered, bad)
+
+
+def outputs(model: nn.Module, images: Tensor, precision: torch.dtype) -> Tensor:
+    """`model` of `images` [n, 3, H, W], which may be none, computed in `precision`: [n, F] float32."""
+    shown = images if len(images) else images.new_zeros(1, *images.shape[1:])
+    with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+        return model(shown).float()[: len(images)]
 
 
 class Features(NamedTuple):
@@ -57,10 +84,14 @@ class Features(NamedTuple):
     val: Tensor
     val_labels: Tensor
 
+    @classmethod
+    def of(cls, data: LabelledData, train: Extracted, val: Extracted) -> "Features":
+        return cls(train.features, data.train_labels[train.places], val.features, data.val_labels[val.places])
+
 
 def features_of(
     model: nn.Module, source: ImageSource, config: Config, device: torch.device, **options: Any
-) -> tuple[Tensor, Tensor]:
+) -> Extracted:
     """`extract_features` with `options`, in the batches and the precision of the training."""
     return extract_features(
         model,
@@ -73,11 +104,11 @@ def features_of(
     )
 
 
-def labelled_features(model: nn.Module, data: LabelledData, config: Config, device: torch.device) -> Features:
-    """`model`'s features of all images of `data`, un-augmented, in the precision of the training."""
-    train, train_indices = features_of(model, data.train, config, device)
-    val, val_indices = features_of(model, data.val, config, device)
-    return Features(train, data.train_labels[train_indices], val, data.val_labels[val_indices])
+def labelled_features(
+    model: nn.Module, data: LabelledData, config: Config, device: torch.device
+) -> tuple[Extracted, Extracted]:
+    """`model`'s features of all training and all held-out images of `data`, as `features_of`."""
+    return features_of(model, data.train, config, device), features_of(model, data.val, config, device)
 
 
 def knn_top1(features: Features, classes: int, *, k: int, temperature: float) -> float:

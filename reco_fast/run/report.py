@@ -143,7 +143,7 @@ class RunLog:
             self._write({"kind": "end", **values})
 
     def bad_images(self, lines: list[str]) -> None:
-        """Add what could not be decoded, `name TAB reason` a line, to bad_images.txt; nothing where all was good."""
+        """Add what could not be used, `name TAB reason` a line, to bad_images.txt; nothing where all was good."""
         if self._directory is None or not lines:
             return
         path = self._directory / "bad_images.txt"
@@ -152,7 +152,10 @@ class RunLog:
         listed = sorted(({line.partition("\t")[0]: line for line in (*before, *lines)}).values())
         if listed != before:
             write_text(path, "".join(f"{line}\n" for line in listed))
-            self.say(f"{len(listed)} images could not be decoded and were replaced: {path}")
+            self.say(
+                f"{len(listed)} bad images, named in {path}, e.g. {listed[0]}; in training other images take their "
+                "places, evaluation goes without them"
+            )
 
     def views(self, grid: Tensor) -> None:
         """A picture [3, H, W] in 0..1 of augmented views."""

@@ -62,7 +62,7 @@ def embedded(run: Path, path: Path, output: Path, loader: str = "torch", **optio
 def by_extract_features(run: Path, path: Path, which: str = "student") -> np.ndarray:
     config, encoder = load_run(run, which)
     device = torch.device("cpu")
-    features, _ = extract_features(
+    extracted = extract_features(
         encoder.get_submodule("backbone"),
         open_source(path),
         config.data,
@@ -70,7 +70,7 @@ def by_extract_features(run: Path, path: Path, which: str = "student") -> np.nda
         device=device,
         precision=torch.float32,
     )
-    return features.numpy()
+    return extracted.features.numpy()
 
 
 @pytest.mark.parametrize("which", ["student", "teacher"])

@@ -151,7 +151,7 @@ def test_features_are_those_of_each_image_in_eval_mode(tmp_path: Path) -> None:
     source = open_source(write_folder(tmp_path / "a", {"x": 5, "y": 4}))
     model = nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).train()
     options = {"batch_size": 4, "device": torch.device("cpu"), "precision": torch.float32}
-    features, indices = extract_features(model, source, DataConfig(loader="torch", workers=1), **options)
+    _, features, indices, _ = extract_features(model, source, DataConfig(loader="torch", workers=1), **options)
     assert indices.tolist() == list(range(9))
     assert features.shape == (9, 3)
     assert len(features.unique(dim=0)) == 9
