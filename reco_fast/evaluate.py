@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from reco_fast.data import LabelledData, open_labelled
 from reco_fast.errors import ConfigError
 from reco_fast.evaluation import classifiers, pictures
+from reco_fast.evaluation.embedding_files import name_bad_images
 from reco_fast.evaluation.features import Extracted, features_of
 from reco_fast.method.state import pick_device
 from reco_fast.pipelines.sources.image_source import ImageSource
@@ -77,12 +78,18 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
     )
     result: dict[str, Any] = {"which": command.which, "knn_top1": None, "linear_top1": None, "linear_c": None}
     result |= {"path": str(path), "val_path": None if val_path is None else str(val_path)}
-    result |= {"images": len(train.features), **{f"backbone_{name}": value for name, value in fill._asdict().items()}}
+    bad = train.bad
+    result |= {
+        "images": len(train.features),
+        "bad_images": len(bad),
+        **{f"backbone_{name}": value for name, value in fill._asdict().items()},
+    }
     if labelled is None:
         print("no --data.val-path, so no kNN and no linear probe: those need held-out images in one folder a class")
         shown = train
     else:
         shown = extracted(labelled.val, backbone, config, device)
+        bad = bad | {f"{val_path}/{name}": reason for name, reason in shown.bad.items()}
         result |= classify(train, shown, labelled, config, folder)
     if pictures.available():
         picture_neighbours(folder, shown, train)
@@ -91,6 +98,7 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
         print(f"pictures: {folder}/{{{','.join(names)}}}")
     else:
         print("pictures need matplotlib: pip install 'reco-fast[evaluate]'")
+    name_bad_images(folder / "bad_images.txt", bad)
     write_json(command.run_dir / "evaluation.json", result)
     return result
 
@@ -159,6 +167,7 @@ def classify(train: Extracted, val: Extracted, data: LabelledData, config: Confi
         )
     return {
         "val_images": len(truth),
+        "val_bad_images": len(val.bad),
         "classes": count,
         "knn_top1": classifiers.accuracy(knn, truth, 1),
         "knn_top5": classifiers.accuracy(knn, truth, 5) if count > 5 else None,

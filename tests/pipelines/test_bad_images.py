@@ -4,7 +4,9 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +15,11 @@ from odd_images import bad_images, deceiving_images, encode, odd_images, picture
 from small_runs import write_pictures
 
 from reco_fast.errors import DataError
-from reco_fast.pipelines.augmentations import Recipe, ViewRecipe, reco_recipe
+from reco_fast.pipelines.augmentations import Recipe, ViewRecipe, evaluation_recipe, reco_recipe, stand_ins
+from reco_fast.pipelines.base import Loader
 from reco_fast.pipelines.images import to_plain
-from reco_fast.pipelines.order import TrainingOrder
+from reco_fast.pipelines.loader import open_loader
+from reco_fast.pipelines.order import EvaluationOrder, TrainingOrder
 from reco_fast.pipelines.sources.image_source import ImageSource
 from reco_fast.pipelines.sources.open import open_source
 
@@ -39,6 +43,7 @@ def test_every_decodable_file_gives_the_same_pixels(tmp_path: Path) -> None:
 
 def mixed_folder(folder: Path, good: int = 80) -> tuple[ImageSource, set[str]]:
     """Many plain images, every odd one and every bad one, in an order that puts bad ones side by side."""
+    folder.mkdir(exist_ok=True)
     for number in range(good):
         (folder / f"plain {number:03d}.jpg").write_bytes(encode(picture(seed=number), "JPEG"))
     for name, data in (odd_images() | bad_images() | deceiving_images()).items():
@@ -58,9 +63,10 @@ def test_bad_images_are_replaced_and_named(kind: str, batch_size: int, tmp_path:
         for step in range(steps):
             batch = next(loader)
             assert len(batch.indices) == batch_size == len(batch.views[0])
-            for used, asked in zip(batch.indices.tolist(), order.batch(step)[1].tolist(), strict=True):
-                while asked in bad_indices:
-                    asked = (asked + 1) % len(source)
+            positions, wanted = (each.tolist() for each in order.batch(step))
+            for used, position, asked in zip(batch.indices.tolist(), positions, wanted, strict=True):
+                if asked in bad_indices:
+                    asked = next(i for i in stand_ins(len(source), 7, position) if i not in bad_indices)
                 assert used == asked
         assert set(loader.bad_images) == bad
         assert all(reason and "\n" not in reason for reason in loader.bad_images.values())
@@ -94,7 +100,69 @@ def test_a_file_that_vanishes_is_named(kind: str, tmp_path: Path) -> None:
     with training(kind, source, tiny(), 20) as loader:
         batch = next(loader)
         assert loader.bad_images == {"07.jpg": "No such file or directory"}
-    assert sorted(batch.indices.tolist()).count(8) == 2
+    assert len({*batch.indices.tolist()} | {7}) == 20  # one of the others is there twice
+
+
+@both_loaders
+def test_stand_ins_for_neighbours_come_from_all_over(kind: str, tmp_path: Path) -> None:
+    write_pictures(tmp_path, 60)
+    for number in range(20, 32):
+        (tmp_path / f"{number}.jpg").write_bytes(b"text")
+    batches = take(training(kind, open_source(tmp_path), tiny(), 20), 9)  # three epochs
+    epochs = [Counter(torch.cat([batch.indices for batch in batches[i : i + 3]]).tolist()) for i in (0, 3, 6)]
+    for epoch in epochs:
+        assert len(epoch) == 48
+        assert max(epoch.values()) <= 3  # 13 where the next good image stands in for all of them
+    assert len({tuple(sorted(epoch.items())) for epoch in epochs}) == 3  # others each time
+
+
+@pytest.mark.parametrize("length", [1, 2, 12, 97, 1000])
+def test_every_place_stands_in_once(length: int) -> None:
+    first = [list(stand_ins(length, 5, position)) for position in range(200)]
+    assert all(sorted(places) == list(range(length)) for places in first)
+    starts = Counter(places[0] for places in first)
+    assert max(starts.values()) <= 200 / length + 5 * (200 / length) ** 0.5 + 3
+    assert length < 12 or [places[1] for places in first] != [(places[0] + 1) % length for places in first]
+
+
+@both_loaders
+@pytest.mark.parametrize("batch_size", [8, 64])
+@pytest.mark.parametrize("trusting", [False, True])
+def test_an_evaluation_goes_without_bad_images(
+    kind: str, batch_size: int, trusting: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if they were not there, also where whole batches are bad, or where only a decoder finds out."""
+    from reco_fast.pipelines import base
+
+    source, bad = mixed_folder(tmp_path / "mixed")
+    for number in range(30):
+        (tmp_path / "mixed" / f"plain 040 {number}.jpg").write_bytes(
+            [b"text", *deceiving_images().values()][number % 5]
+        )
+    source = open_source(tmp_path / "mixed")
+    bad |= {name for name in source.names if name.startswith("plain 040 ")}
+    good = [index for index, name in enumerate(source.names) if name not in bad]
+    if trusting:
+        deceiving = set(deceiving_images().values())
+        monkeypatch.setattr(base, "to_plain", lambda data: (data, 300, 400) if data in deceiving else to_plain(data))
+    order = EvaluationOrder(len(source), batch_size)
+    assert order.steps is not None
+    with evaluating(kind, source, order) as loader:
+        batches = list(loader)
+        assert set(loader.bad_images) == bad
+    assert len(batches) == order.steps
+    assert torch.cat([batch.indices for batch in batches]).tolist() == good
+    assert any(len(batch.indices) == 0 for batch in batches) == (batch_size == 8)
+    for name in bad:
+        (tmp_path / "mixed" / name).unlink()
+    without = open_source(tmp_path / "mixed")
+    with evaluating(kind, without, EvaluationOrder(len(without), batch_size)) as loader:
+        expected = torch.cat([batch.views[0] for batch in loader])
+    assert torch.equal(torch.cat([batch.views[0] for batch in batches]), expected)
+
+
+def evaluating(kind: Any, source: ImageSource, order: EvaluationOrder) -> Loader:
+    return open_loader(kind, source, evaluation_recipe(32), order, device="cpu", seed=0, workers=1)
 
 
 @both_loaders
