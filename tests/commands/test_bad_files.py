@@ -1,4 +1,4 @@
-"""Accuracies among files that cannot be decoded: those of the good images alone, with the bad ones counted and named."""
+"""Accuracies among files that cannot be decoded: those of the good images alone, the bad ones counted and named."""
 
 import json
 from pathlib import Path
