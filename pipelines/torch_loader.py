@@ -172,11 +172,13 @@ def _check_semaphores(workers: int) -> None:
 
 
 def _stand_apart(_: int) -> None:
-    """A forked worker inherits the garbage of its parent; to collect a DALI pipeline there would hang. And what is sent
-    to the parent's process group (Ctrl-C, torchrun's SIGTERM) is for the parent, which still needs batches until it
-    has saved."""
+    """A forked worker inherits the garbage of its parent; to collect a DALI pipeline there would hang. What is sent to
+    the parent's process group (Ctrl-C, torchrun's SIGTERM) is for the parent, which still needs batches until it has
+    saved. And of what ends a worker the parent speaks, not PyTorch's handlers."""
     gc.freeze()
     os.setpgid(0, 0)
+    for deadly in (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE):
+        signal.signal(deadly, signal.SIG_DFL)
 
 
 class _Slots:

@@ -1,6 +1,7 @@
 """Long checks of what a run survives; too slow for every test run. The figures are in docs/reliability.md.
 
 python tests/reliability.py kill --loader dali     # kill -9 at 20 random moments, bit-for-bit the same end
+python tests/reliability.py worker --kills 20      # kill the torch loader's processes at random moments
 python tests/reliability.py rank                   # kill one of two ranks under torchrun --max-restarts 3
 python tests/reliability.py fuzz --loader torch    # 500 damaged JPEGs among good ones
 python tests/reliability.py odd --loader dali      # 500 images of which 60 are odd or bad, at batch 32 and 128
@@ -114,6 +115,46 @@ def kill(work: Path, arguments: argparse.Namespace) -> None:
     assert metrics(work / "calm") == metrics(work / "killed")
     lines = len(metrics(work / "calm"))
     print(f"{arguments.loader}: {kills} kills; {len(calm)} tensors and {lines} lines of metrics are bit for bit equal")
+
+
+def worker(work: Path, arguments: argparse.Namespace) -> None:
+    images = write_images(work / "images", 400)
+    rng = random.Random(arguments.seed)
+    ends: dict[str, int] = {}
+    for number in range(arguments.kills):
+        run, log = work / f"run{number % 2}", work / f"{number}.log"
+        options = ["--data.loader", "torch", "--data.workers", "2", "--train.epochs", "400", "--run.log-every", "1"]
+        options += ["--data.val-path", str(images), "--eval.every", "1"] if number % 2 else []
+        process = start(command(images, run, *options, "--run.checkpoint-steps", "7"), log)
+        while not (workers := children(process.pid)):  # from the first moment that there are some
+            time.sleep(0.01)
+        time.sleep(rng.choice([0, rng.uniform(0, 2), rng.uniform(2, 8)]))
+        workers = children(process.pid) or workers
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rng.choice(workers), rng.choice([signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM]))
+        killed = time.monotonic()
+        while process.poll() is None and time.monotonic() - killed < 20:
+            time.sleep(0.1)
+        if process.poll() is None:  # it was a process whose work was done: the run goes on
+            process.send_signal(signal.SIGTERM)
+        code, shown = process.wait(timeout=60), log.read_text()
+        assert "Traceback" not in shown, shown
+        said = [line for line in shown.splitlines() if line.startswith("error: ")]
+        assert (code, len(said)) in ((0, 0), (2, 1)), shown
+        print(
+            f"kill {number + 1}: exit {code} after {time.monotonic() - killed:.1f} s {''.join(said)[:60]}", flush=True
+        )
+        ends[str(code)] = ends.get(str(code), 0) + 1
+    print(f"{arguments.kills} processes of a loader killed; exit status of the runs → how many: {ends}")
+
+
+def children(process: int) -> list[int]:
+    """Those forked from it, not what it calls."""
+    with contextlib.suppress(OSError):
+        own = Path(f"/proc/{process}/cmdline").read_bytes()
+        found = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+        return [int(pid) for pid in found if Path(f"/proc/{pid}/cmdline").read_bytes() == own]
+    return []
 
 
 def steps_in(log: Path) -> int:
@@ -279,7 +320,16 @@ def soak(work: Path, arguments: argparse.Namespace) -> None:
     )
 
 
-CHECKS = {"kill": kill, "rank": rank, "fuzz": fuzz, "odd": odd, "lying": lying, "full": full, "soak": soak}
+CHECKS = {
+    "kill": kill,
+    "worker": worker,
+    "rank": rank,
+    "fuzz": fuzz,
+    "odd": odd,
+    "lying": lying,
+    "full": full,
+    "soak": soak,
+}
 
 
 def main() -> None:

@@ -109,7 +109,7 @@ def test_batches_stay_as_they_are_while_later_ones_are_made(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("noticed", [True, False])
-def test_a_dead_worker_leaves_its_notes(noticed: bool, tmp_path: Path) -> None:
+def test_a_dead_worker_leaves_its_notes(noticed: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Also where the run ends in peace before anybody misses it; those of the living are removed."""
     source = open_source(write_pictures(tmp_path / "images", 64))
     source.journal = tmp_path / "journal"
@@ -119,7 +119,7 @@ def test_a_dead_worker_leaves_its_notes(noticed: bool, tmp_path: Path) -> None:
         (first, second) = sorted(set(multiprocessing.active_children()) - before, key=lambda child: child.name)
         assert first.pid is not None
         assert second.pid is not None
-        os.kill(first.pid, signal.SIGKILL)
+        os.kill(first.pid, signal.SIGSEGV)
         if noticed:
             with pytest.raises(DataError, match="a process of the loader was ended"):
                 take(loader, 20)
@@ -127,6 +127,7 @@ def test_a_dead_worker_leaves_its_notes(noticed: bool, tmp_path: Path) -> None:
             first.join()
     names = [path.name for path in (tmp_path / "journal").glob("*/*")]
     assert names == [str(first.pid)]
+    assert capfd.readouterr() == ("", "")
     assert left_behind(tmp_path / "journal")
 
 
