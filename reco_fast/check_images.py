@@ -19,7 +19,7 @@ from reco_fast.pipelines.bad_images.probe import probe_all
 from reco_fast.pipelines.loader import resolve
 from reco_fast.pipelines.sources.open import open_source
 from reco_fast.run.files import write_text
-from reco_fast.run.quarantine import manifest_line, manifest_lines
+from reco_fast.run.quarantine import known_reasons, manifest_line
 from reco_fast.settings import command_line
 from reco_fast.settings.typed import one_line
 
@@ -49,10 +49,10 @@ def check(command: CheckCommand) -> int:
     if command.output.is_dir():
         raise ConfigError(f"--output: expected a file, got the folder {command.output}")
     source = open_source(command.path)
-    known = {line["path"]: line for line in manifest_lines(command.output)} if command.output.exists() else {}
     stamps = [source.stamp(index) for index in range(len(source))]
-    todo = [i for i, name in enumerate(source.names) if known.get(name, {}).get("stamp") != list(stamps[i])]
-    reasons = {i: known[name]["reason"] for i, name in enumerate(source.names) if name in known}
+    exists = command.output.exists()
+    reasons = known_reasons(command.output, source, dict(enumerate(stamps))) if exists else {}
+    todo = [index for index in range(len(source)) if index not in reasons]
     started = time.monotonic()
     for done, (index, reason) in enumerate(
         probe_all(source, todo, resolve(command.loader), command.workers or available_cores()), 1

@@ -3,7 +3,9 @@
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import overload
 
@@ -36,6 +38,20 @@ class PackedNames(Sequence[str]):
         index = range(len(self))[index]
         return os.fsdecode(self._letters[self._ends[index] : self._ends[index + 1]])
 
+    def __iter__(self) -> Iterator[str]:
+        for first in range(0, len(self), 4096):
+            for start, end in pairwise(self._ends[first : first + 4097].tolist()):
+                yield os.fsdecode(self._letters[start:end])
+
+    def find(self, wanted: Iterable[str]) -> dict[str, list[int]]:
+        """All places, ascending, of each of the `wanted` names that is here: one pass, whatever the order."""
+        asked = frozenset(wanted)
+        places: defaultdict[str, list[int]] = defaultdict(list)
+        for index, name in enumerate(self if asked else ()):
+            if name in asked:
+                places[name].append(index)
+        return dict(places)
+
     def digest(self) -> bytes:
         return hashlib.sha256(self._letters + self._ends.tobytes()).digest()
 
@@ -44,7 +60,8 @@ class ImageSource(ABC):
     """Encoded images by index; may be read from many threads and processes at once."""
 
     names: PackedNames
-    """Of each image: its path below the opened one, `/` between parts. Unique, sorted."""
+    """Of each image: its path below the opened one, `/` between parts. In no order that one could search by, and not
+    always unique: a shard keeps its members as they come, and may hold two of one name."""
     labels: NDArray[np.int64] | None
     """[len] class numbers, or None where the images have no classes."""
     classes: list[str]

@@ -17,10 +17,22 @@ def read_json(path: Path) -> Any:
 
 def read_text(path: Path) -> str:
     """The text of an ordinary file. Raises ConfigError."""
+    with _reading(path):
+        return path.read_text(encoding="utf-8")
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """The lines of an ordinary file, one at a time. Raises ConfigError."""
+    with _reading(path), open(path, encoding="utf-8") as file:
+        yield from file
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for
             raise ConfigError(f"{path}: expected a file, got something else")
-        return path.read_text(encoding="utf-8")
+        yield
     except OSError as error:
         raise ConfigError(f"{path}: expected a file that can be read, got: {error.strerror}") from None
     except UnicodeDecodeError:

@@ -1,8 +1,9 @@
 """Images that are left out from the start: those a manifest calls bad, and those that ended an earlier process."""
 
-import bisect
 import json
 import shutil
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from reco_fast.pipelines.bad_images.journal import left_behind
 from reco_fast.pipelines.bad_images.probe import DEADLY, Decoder, Probe
 from reco_fast.pipelines.loader import resolve
 from reco_fast.pipelines.sources.image_source import ImageSource
-from reco_fast.run.files import parse_json, read_json, read_text, write_json
+from reco_fast.run.files import parse_json, read_json, read_lines, write_json
 from reco_fast.settings.config import DataConfig
 
 FILE = "quarantine.json"
@@ -40,8 +41,17 @@ def prepare(folder: Path, data: DataConfig, source: ImageSource, labelled: Label
         images.journal = folder / JOURNALS / name
         images.known_bad |= _by_index(images, known.get(name, {}))
     if data.manifest is not None:
-        source.known_bad |= read_manifest(data.manifest, source)
+        bad = read_manifest(data.manifest, source)
+        source.known_bad |= bad
+        lines += _without_effect(data.manifest, len(bad)) if distributed.rank() == 0 else []
     return lines
+
+
+def _without_effect(manifest: Path, left_out: int) -> list[str]:
+    named = sum(line["reason"] is not None for line in manifest_lines(manifest))
+    if named == left_out:
+        return []
+    return [f"{manifest}: {named - left_out} of its {named} bad images are not in --data.path, or have changed since"]
 
 
 def read_quarantine(folder: Path) -> dict[str, dict[str, str]]:
@@ -87,28 +97,41 @@ def _deadly(source: ImageSource, suspects: list[int], decoder: Decoder) -> dict[
 
 
 def _by_index(source: ImageSource, reasons: dict[str, str]) -> dict[int, str]:
-    """Index → reason of the names that the source still has."""
-    places = {name: bisect.bisect_left(source.names, name) for name in reasons}
-    return {i: reasons[name] for name, i in places.items() if i < len(source) and source.names[i] == name}
+    """Index → reason of the images that the source still has under these names."""
+    return {i: reasons[name] for name, places in source.names.find(reasons).items() for i in places}
 
 
 def read_manifest(path: Path, source: ImageSource) -> dict[int, str]:
     """Index → reason of what `check_images` found bad in `source` and has not changed since. Raises ConfigError."""
-    entries = {line["path"]: line for line in manifest_lines(path) if line["reason"] is not None}
-    bad = _by_index(source, {name: line["reason"] for name, line in entries.items()})
-    return {i: reason for i, reason in bad.items() if list(source.stamp(i)) == entries[source.names[i]]["stamp"]}
+    bad = {line["path"] for line in manifest_lines(path) if line["reason"] is not None}
+    indices = sorted(i for places in source.names.find(bad).values() for i in places)
+    known = known_reasons(path, source, {i: source.stamp(i) for i in indices})
+    return {i: reason for i, reason in known.items() if reason is not None}
 
 
-def manifest_lines(path: Path) -> list[dict[str, Any]]:
+def known_reasons(path: Path, source: ImageSource, stamps: Mapping[int, tuple[int, int]]) -> dict[int, str | None]:
+    """Index → reason (None: good) of the images in `stamps`, by ascending index, of which the manifest has a line with
+    this stamp. Of several with one name and stamp the first line is about the first, and so on. Raises ConfigError."""
+    names = {source.names[i] for i in stamps}
+    lines: defaultdict[tuple[str, str], list[str | None]] = defaultdict(list)
+    for line in manifest_lines(path):
+        if line["path"] in names:
+            lines[line["path"], str(line["stamp"])].append(line["reason"])
+    known = {}
+    for i, stamp in stamps.items():
+        if alike := lines.get((source.names[i], str(list(stamp)))):
+            known[i] = alike.pop(0)
+    return known
+
+
+def manifest_lines(path: Path) -> Iterator[dict[str, Any]]:
     """`path`, `stamp` (size and time of change) and `reason` (null: good) of each image. Raises ConfigError."""
-    lines = []
-    for text in read_text(path).splitlines():
+    for text in read_lines(path):
         line = parse_json(text, path)
         ok = isinstance(line, dict) and set(line) == {"path", "stamp", "reason"} and isinstance(line["path"], str)
         if not ok or not (line["reason"] is None or isinstance(line["reason"], str)):
             raise ConfigError(f"{path}: expected lines with path, stamp and reason, got {text[:60]!r}")
-        lines.append(line)
-    return lines
+        yield line
 
 
 def manifest_line(name: str, stamp: tuple[int, int], reason: str | None) -> str:
