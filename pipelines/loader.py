@@ -31,7 +31,7 @@ def open_loader(
         kind: "dali", "torch", or "auto" for DALI where it is installed.
         seed: of the augmentations; the order has its own. Equal seeds, positions and images give equal views.
         workers: threads (dali) or processes (torch) that decode; 0 means none beside the caller's where possible.
-        on_bad_image: "skip" records it and, in a training order, puts another in its place; "raise" ends with DataError.
+        on_bad_image: "skip" records it and in training puts another in its place, "raise" ends with DataError.
         first_step: of the order; resuming there gives the same batches as running up to it.
         precision: that the model computes in. For float32, views are float32 on a GPU too.
 

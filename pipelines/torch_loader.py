@@ -70,8 +70,10 @@ class TorchLoader(Loader):
             timeout=POLL if workers else 0,
             multiprocessing_context="fork" if workers else None,  # which hands on the memory
         )
+        others = multiprocessing.active_children()
         with _own_sigchld():
             self._batches: Iterator[_Made] | None = iter(batches)
+        self._workers = [child for child in multiprocessing.active_children() if child not in others]
         self._keeps_notes = False
         self._ahead = OneAhead(self._make, torch.cuda.Stream(device)) if device.type == "cuda" else None
 
@@ -116,10 +118,9 @@ class TorchLoader(Loader):
         return normal.view(n, size, size, 3).permute(0, 3, 1, 2)
 
     def close(self) -> None:
-        workers = multiprocessing.active_children()  # none that died
         self._batches = None  # the DataLoader's iterator ends its workers as it goes
         if not self._keeps_notes:
-            self._journal.close([each.pid for each in workers if each.pid and each.exitcode in (0, None)])
+            self._journal.close([each.pid for each in self._workers if each.pid and each.exitcode in (0, None)])
 
 
 class OneAhead(Iterator[Batch]):

@@ -31,12 +31,14 @@ from reco_fast.pipelines.base import none_good
 from reco_fast.pipelines.order import EvaluationOrder
 from reco_fast.pipelines.sources.image_source import ImageSource
 from reco_fast.pipelines.sources.open import open_source
+from reco_fast.run import quarantine
 from reco_fast.run.files import check_output, whole_file
 from reco_fast.run.meter import Meter
 from reco_fast.run.report import progress
 from reco_fast.run.run_folder import load_run
 from reco_fast.settings import command_line
 from reco_fast.settings.config import DataConfig
+from reco_fast.settings.typed import one_line
 
 PART_SECONDS = 30.0  # of work that an interruption loses at most
 
@@ -146,7 +148,10 @@ def embed(command: EmbedCommand) -> int:
         raise ConfigError(f"--projector: expected a new or an empty folder, got {command.projector}")
     work = opened(command.run_dir, command.data, command.which, command.batch_size, command.device)
     source = work.source
-    parts = Parts(Path(f"{command.output}.parts"), work.fingerprint())
+    folder = Path(f"{command.output}.parts")
+    parts = Parts(folder, work.fingerprint())
+    for line in quarantine.leave_out(folder, work.data.loader, {"images": source}):
+        print(one_line(line), flush=True)
     try:
         meter = compute(work, parts)
     except KeyboardInterrupt:
@@ -203,7 +208,7 @@ def compute(work: Work, parts: Parts) -> Meter:
                     started = time.monotonic()
         finally:
             parts.add(part)
-            if parts.steps == 0:
+            if parts.steps == 0 and not parts.notes():
                 parts.remove()
     return meter
 

@@ -26,12 +26,14 @@ from reco_fast.evaluation.features import Extracted, features_of
 from reco_fast.method.state import pick_device
 from reco_fast.pipelines.sources.image_source import ImageSource
 from reco_fast.pipelines.sources.open import open_source
+from reco_fast.run import quarantine
 from reco_fast.run.diagnostics import spread
 from reco_fast.run.files import write_json, write_text
 from reco_fast.run.report import progress
 from reco_fast.run.run_folder import load_run
 from reco_fast.settings import command_line
 from reco_fast.settings.config import Config, DataConfig
+from reco_fast.settings.typed import one_line
 
 SWEEP_K = (1, 5, 10, 20, 50, 100, 200, 500)
 SWEEP_TEMPERATURES = (0.03, 0.07, 0.1, 0.2, 1.0)
@@ -67,6 +69,10 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
     labelled = open_labelled(source, val_path) if val_path is not None else None
     folder = command.run_dir / "evaluation"
     clear_pictures(folder)
+    sources = {"train": source} if labelled is None else {"train": source, "val": labelled.val}
+    sources = {f"{name}-{images.names.digest().hex()[:16]}": images for name, images in sources.items()}
+    for line in quarantine.leave_out(folder, config.data.loader, sources):
+        print(one_line(line), flush=True)
 
     backbone = encoder.get_submodule("backbone").to(device).to(memory_format=torch.channels_last)
     train = extracted(source, backbone, config, device)

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shutil
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from reco_fast.errors import ConfigError
 from reco_fast.pipelines.images import decode_image
 from reco_fast.pipelines.sources.image_source import ImageSource
+from reco_fast.run import quarantine
 from reco_fast.run.files import whole_file, write_text
 from reco_fast.settings.typed import one_line
 
@@ -119,11 +121,16 @@ class Parts:
         assert features is not None
         return Embeddings(features, joined, bad)
 
+    def notes(self) -> list[Path]:
+        """Of processes that died while they decoded."""
+        return list((self._folder / quarantine.JOURNALS).glob("*/*/*"))
+
     def remove(self) -> None:
         """The folder and what this class wrote into it."""
         if self._folder.is_dir():
-            for path in (self._label, *self._folder.glob("part-*.npz*")):
+            for path in (self._label, self._folder / quarantine.FILE, *self._folder.glob("part-*.npz*")):
                 path.unlink(missing_ok=True)
+            shutil.rmtree(self._folder / quarantine.JOURNALS, ignore_errors=True)
             if not any(self._folder.iterdir()):
                 self._folder.rmdir()
 

@@ -1,5 +1,6 @@
 """Images that are left out from the start: those a manifest calls bad, and those that ended an earlier process."""
 
+import contextlib
 import json
 import shutil
 from collections import defaultdict
@@ -12,6 +13,7 @@ from reco_fast.data import LabelledData
 from reco_fast.errors import ConfigError
 from reco_fast.pipelines.bad_images.journal import left_behind
 from reco_fast.pipelines.bad_images.probe import DEADLY, Decoder, Probe
+from reco_fast.pipelines.base import LoaderKind
 from reco_fast.pipelines.loader import resolve
 from reco_fast.pipelines.sources.image_source import ImageSource
 from reco_fast.run.files import parse_json, read_json, read_lines, write_json
@@ -22,28 +24,35 @@ JOURNALS = "decoding"
 
 
 def prepare(folder: Path, data: DataConfig, source: ImageSource, labelled: LabelledData | None) -> list[str]:
-    """Let the loaders of a run leave out what is known to be bad and note what they decode. On all ranks together,
-    before any loader is opened. Returns lines to show.
-
-    What a dead process left in its journals is decoded here, one image at a time in a process of its own; an image that
-    ends that one too goes into `quarantine.json`.
+    """`leave_out` for the sources of a run, and what a manifest calls bad. On all ranks together, before any loader is
+    opened. Returns lines to show.
 
     Raises ConfigError for a manifest or a quarantine.json that cannot be read.
     """
     sources = {"train": source} if labelled is None else {"train": source, "val": labelled.val}
+    lines = leave_out(folder, data.loader, sources)
+    if data.manifest is not None:
+        bad = read_manifest(data.manifest, source)
+        source.known_bad |= bad
+        lines += _without_effect(data.manifest, len(bad)) if distributed.rank() == 0 else []
+    return lines
+
+
+def leave_out(folder: Path, loader: LoaderKind, sources: Mapping[str, ImageSource]) -> list[str]:
+    """Let loaders leave out what ended an earlier process that worked in `folder`, and note there what they decode.
+
+    What a dead process left in its journals is decoded here, one image at a time in a process of its own; an image that
+    ends that one too goes into `quarantine.json`. Returns lines to show. Raises ConfigError.
+    """
     lines = []
     if distributed.rank() == 0:
         for name, images in sources.items():
-            lines += _settle(folder, name, images, data)
+            lines += _settle(folder, name, images, loader)
     distributed.barrier()
     known = read_quarantine(folder)
     for name, images in sources.items():
         images.journal = folder / JOURNALS / name
         images.known_bad |= _by_index(images, known.get(name, {}))
-    if data.manifest is not None:
-        bad = read_manifest(data.manifest, source)
-        source.known_bad |= bad
-        lines += _without_effect(data.manifest, len(bad)) if distributed.rank() == 0 else []
     return lines
 
 
@@ -63,10 +72,10 @@ def read_quarantine(folder: Path) -> dict[str, dict[str, str]]:
     return {name: {k: str(reason) for k, reason in found.items()} for name, found in values.items()}
 
 
-def _settle(folder: Path, name: str, source: ImageSource, data: DataConfig) -> list[str]:
+def _settle(folder: Path, name: str, source: ImageSource, loader: LoaderKind) -> list[str]:
     journals = folder / JOURNALS / name
     suspects = [index for index in left_behind(journals) if 0 <= index < len(source)]
-    found = _deadly(source, suspects, resolve(data.loader)) if suspects else {}
+    found = _deadly(source, suspects, resolve(loader)) if suspects else {}
     if found:
         known = read_quarantine(folder)
         write_json(folder / FILE, known | {name: known.get(name, {}) | found})
@@ -75,23 +84,13 @@ def _settle(folder: Path, name: str, source: ImageSource, data: DataConfig) -> l
 
 
 def _deadly(source: ImageSource, suspects: list[int], decoder: Decoder) -> dict[str, str]:
-    """Name → reason of those that end a decoder, of `suspects` and of what stands in for them where they are bad."""
+    """Name → reason of those that end a decoder."""
     found: dict[str, str] = {}
-    seen: set[int] = set()
     with Probe(decoder) as probe:
-        for suspect in suspects:
-            for step in range(len(source)):
-                index = (suspect + step) % len(source)
-                if index in seen:
-                    break
-                seen.add(index)
-                try:
-                    reason = probe.reason(source.read(index))
-                except OSError:
-                    continue
-                if reason is None:
-                    break
-                if reason.startswith(DEADLY):  # others are met, replaced and listed as in any run
+        for index in suspects:
+            with contextlib.suppress(OSError):
+                reason = probe.reason(source.read(index))
+                if reason is not None and reason.startswith(DEADLY):  # others are met and listed as in any run
                     found[source.names[index]] = reason
     return found
 

@@ -3,14 +3,17 @@
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from loading import LOADERS
 from odd_images import bad_images, encode, picture
-from small_runs import SMALL, metrics, write_pictures
+from small_runs import SMALL, metrics, write_classes, write_pictures
 
-from reco_fast import check_images
+from reco_fast import check_images, train
 from reco_fast.errors import ConfigError
 from reco_fast.pipelines.bad_images.journal import Journal, left_behind
 from reco_fast.pipelines.bad_images.probe import Probe
@@ -72,13 +75,16 @@ OPTIONS = "--run.log-every 1 --train.epochs 3 --run.checkpoint-steps 1 --data.wo
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """40 images, of which number 13 is deadly and number 12 is bad, so that 13 stands in for it."""
+    """40 images, of which number 13 is deadly and number 12 is bad."""
     folder = write_pictures(tmp_path / "images", 40)
-    deadly = folder / "13.jpg"
-    data = deadly.read_bytes()
-    deadly.write_bytes(data[:2] + b"\xff\xfe\x00\x0cthis kills" + data[2:])
+    make_deadly(folder / "13.jpg")
     (folder / "12.jpg").write_bytes(b"text")
     return folder
+
+
+def make_deadly(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[:2] + b"\xff\xfe\x00\x0cthis kills" + data[2:])
 
 
 @pytest.fixture
@@ -95,15 +101,7 @@ def test_what_killed_a_process_is_named_and_left_out(
 ) -> None:
     """As `torchrun --max-restarts` does: the same command again, until it ends."""
     data = ["--data.path", str(images), "--data.loader", loader, "--run.dir", str(tmp_path / "run")]
-    line = [sys.executable, "-m", "reco_fast.train", "cifar10", *data, *SMALL, *OPTIONS]
-    codes, shown = [], ""
-    while not codes or (codes[-1] != 0 and len(codes) < 4):
-        done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
-        codes.append(done.returncode)
-        shown += done.stdout + done.stderr
-    assert codes[-1] == 0, shown
-    assert codes == [-11 if loader == "dali" else 2, 0], shown
-    assert "Traceback" not in shown
+    again_until_it_ends(["train", "cifar10", *data, *SMALL, *OPTIONS], environment, loader)
     listed = dict(line.split("\t") for line in (tmp_path / "run" / "bad_images.txt").read_text().splitlines())
     assert listed == {
         "12.jpg": "not an image: it starts with b'text'",
@@ -114,21 +112,75 @@ def test_what_killed_a_process_is_named_and_left_out(
     assert (end["kind"], end["epochs"]) == ("end", 3.2)
 
 
+def again_until_it_ends(command: list[str], environment: dict[str, str], loader: str) -> None:
+    """It is killed once and then ends."""
+    codes, shown = [], ""
+    while not codes or (codes[-1] != 0 and len(codes) < 4):
+        line = [sys.executable, "-m", f"reco_fast.{command[0]}", *command[1:]]
+        done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+        codes.append(done.returncode)
+        shown += done.stdout + done.stderr
+    assert codes == [-11 if loader == "dali" else 2, 0], shown
+    assert "Traceback" not in shown
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_so_is_what_kills_the_first_evaluation(loader: str, environment: dict[str, str], tmp_path: Path) -> None:
+    """Here a held-out image in a shard whose members are in no order."""
+    for name, seed in (("images", 0), ("held out", 1)):
+        write_classes(tmp_path / name, 12, seed=seed)
+    make_deadly(tmp_path / "held out" / "light" / "7.jpg")
+    members = sorted((tmp_path / "held out").rglob("*.jpg"), key=lambda path: path.stem[::-1], reverse=True)
+    with tarfile.open(tmp_path / "held out.tar", "w") as tar:
+        for path in members:
+            tar.add(path, str(path.relative_to(tmp_path / "held out")))
+    data = ["--data.path", str(tmp_path / "images"), "--data.val-path", str(tmp_path / "held out.tar")]
+    data += ["--data.loader", loader, "--run.dir", str(tmp_path / "run"), "--train.max-steps", "2"]
+    again_until_it_ends(["train", "cifar10", *data, *SMALL, *OPTIONS], environment, loader)
+    (listed,) = (tmp_path / "run" / "bad_images.txt").read_text().splitlines()
+    assert listed == f"{tmp_path / 'held out.tar'}/held out.tar/light/7.jpg\tthe decoder dies of it (SIGSEGV)"
+
+
+@pytest.mark.parametrize(("command", "loader"), [("embed", "torch"), ("evaluate", "torch"), ("embed", LOADERS[0])])
+def test_so_is_what_kills_other_commands(
+    command: str, loader: Any, images: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    loader = getattr(loader, "values", (loader,))[0]
+    good = write_pictures(tmp_path / "good", 20)
+    line = ["cifar10", "--data.path", str(good), *SMALL, "--train.max-steps", "1", "--run.dir", str(tmp_path / "run")]
+    run = train.train(*train.parse(line))
+    output = ["--output", str(tmp_path / "f.npz")] if command == "embed" else []
+    options = ["--data.path", str(images), "--data.loader", loader, *output]
+    again_until_it_ends([command, str(run), *options], environment, loader)
+    listed = tmp_path / "f.npz.bad_images.txt" if output else run / "evaluation" / "bad_images.txt"
+    assert listed.read_text() == (
+        "12.jpg\tnot an image: it starts with b'text'\n13.jpg\tthe decoder dies of it (SIGSEGV)\n"
+    )
+    if output:
+        with np.load(tmp_path / "f.npz") as arrays:
+            assert len(arrays["features"]) == 38
+        assert not (tmp_path / "f.npz.parts").exists()
+
+
 def test_the_journal_outlives_its_process_alone(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "j")
     assert left_behind(tmp_path / "j") == []
     journal.begin([5, 3])
     journal.begin([9])
     assert left_behind(tmp_path / "j") == [3, 5, 9]
+    journal.add(8)
+    assert left_behind(tmp_path / "j") == [3, 5, 8, 9]
     journal.end()
     journal.begin([3])
-    assert left_behind(tmp_path / "j") == [3, 9]
+    assert left_behind(tmp_path / "j") == [3, 8, 9]
     if (child := os.fork()) == 0:  # as a worker of the torch loader, killed while it decodes
         journal.begin([77])
         os._exit(9)
     os.waitpid(child, 0)
-    assert left_behind(tmp_path / "j") == [3, 9, 77]
+    assert left_behind(tmp_path / "j") == [3, 8, 9, 77]
     journal.close()
+    assert left_behind(tmp_path / "j") == [77]
+    journal.close([child])
     assert left_behind(tmp_path / "j") == []
     (tmp_path / "j" / "x").mkdir()
     (tmp_path / "j" / "x" / "1").write_bytes(b"\xff" * 50)  # not ours
