@@ -5,7 +5,6 @@ import re
 import threading
 from collections import deque
 from collections.abc import Callable
-from multiprocessing.pool import ThreadPool
 from queue import Empty, Full, Queue
 from typing import Any, NamedTuple
 
@@ -311,16 +310,14 @@ class _ReadAhead:
         journal: Journal,
     ) -> None:
         try:
-            with ThreadPool(_READERS) as pool:
-                while not self.closed and (order.steps is None or step < order.steps):
-                    positions, indices = order.batch(step)
-                    journal.begin(indices.tolist())
-                    images: list[Sample | None] | Decoded | None = reader.decoded(positions, indices)
-                    if images is None:
-                        asked = list(zip(positions.tolist(), indices.tolist(), strict=True))
-                        images = pool.starmap(reader.read, asked, chunksize=-(-len(asked) // _READERS))
-                    self._put(prepare(positions, images))
-                    step += 1
+            while not self.closed and (order.steps is None or step < order.steps):
+                positions, indices = order.batch(step)
+                journal.begin(indices.tolist())
+                images: list[Sample | None] | Decoded | None = reader.decoded(positions, indices)
+                if images is None:
+                    images = _read_side_by_side(reader, list(zip(positions.tolist(), indices.tolist(), strict=True)))
+                self._put(prepare(positions, images))
+                step += 1
             self._put(StopIteration())
         except BaseException as error:
             self._put(error)
@@ -331,3 +328,29 @@ class _ReadAhead:
                 return self._queue.put(item, timeout=0.1)
             except Full:
                 continue
+
+
+def _read_side_by_side(reader: ImageReader, asked: list[tuple[int, int]]) -> list[Sample | None]:
+    """What `reader.read` gives for each, in threads that wait for the file system. Those of a pool would be waited for
+    when the process ends, also where a file never comes."""
+    parts = [asked[first::_READERS] for first in range(min(_READERS, len(asked)))]
+    found: list[Sample | None] = [None] * len(asked)
+    errors: list[BaseException] = []
+
+    def read(first: int) -> None:
+        try:
+            found[first::_READERS] = [reader.read(*each) for each in parts[first]]
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [
+        threading.Thread(target=read, args=(first,), name="reco_fast reader", daemon=True)
+        for first in range(len(parts))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return found

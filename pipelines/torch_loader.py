@@ -57,7 +57,7 @@ class TorchLoader(Loader):
         trains = order.steps is None
         reader = ImageReader(source, on_bad_image, seed=seed if trains else None, journal=self._journal)
         if workers:
-            _check_semaphores(workers)
+            _check_queues(workers)
         # One more than are under way: of the batch that the caller has got nothing is read any more after `_make`.
         self._slots = _Slots(_AHEAD * workers + 1, order.batch_size, recipe)
         batches = DataLoader(
@@ -160,15 +160,16 @@ def _own_sigchld() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, before)
 
 
-def _check_semaphores(workers: int) -> None:
-    """Raises DataError where the queues of so many workers would find no room, in the middle of being made."""
+def _check_queues(workers: int) -> None:
+    """Raises DataError where so many workers would be refused their queues, in the middle of being started."""
     try:
         context = multiprocessing.get_context("fork")
-        _ = [context.Lock() for _ in range(4 * (workers + 1))]
+        _ = [context.Queue() for _ in range(workers + 1)], [context.Pipe(duplex=False) for _ in range(workers)]
     except OSError as error:
         raise DataError(
-            f"/dev/shm: expected room for the semaphores of {workers} processes, got {error.strerror}; in a container "
-            "--shm-size=64m gives some, and --data.loader dali needs none"
+            f"--data.loader torch: expected room for the queues of {workers} processes, got {error.strerror}; their "
+            "semaphores need a /dev/shm (docker run --shm-size=64m) and their pipes files (ulimit -n); fewer "
+            "--data.workers need less, --data.loader dali none of it"
         ) from None
 
 

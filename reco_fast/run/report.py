@@ -152,9 +152,10 @@ class RunLog:
         listed = sorted(({line.partition("\t")[0]: line for line in (*before, *lines)}).values())
         if listed != before:
             write_text(path, "".join(f"{line}\n" for line in listed))
+            name, _, reason = listed[0].partition("\t")
             self.say(
-                f"{len(listed)} bad images, named in {path}, e.g. {listed[0]}; in training other images take their "
-                "places, evaluation goes without them"
+                f"{len(listed)} bad images, named in {path}, e.g. {name}: {reason}; in training other images take "
+                "their places, evaluation goes without them"
             )
 
     def views(self, grid: Tensor) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from loading import both_loaders, take, tiny, training
+from loading import both_loaders, needs_dali, take, tiny, training
 from small_runs import write_pictures
 
 from reco_fast.errors import DataError
@@ -62,26 +62,40 @@ def test_a_file_that_never_comes_is_not_waited_for_without_end(kind: str, tmp_pa
     assert time.monotonic() - started < 60
 
 
-MOUNT = 'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$@"'
+def mounting(options: str) -> tuple[str, ...] | None:
+    """A command before others that gives them a /dev/shm of their own; None where that is not allowed."""
+    script = f'mount -t tmpfs -o {options} tmpfs /dev/shm && exec "$@"'
+    prefix = ("unshare", "-rm", "sh", "-c", script, "sh")
+    allowed = (
+        shutil.which("unshare") and not subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode
+    )
+    return prefix if allowed else None
 
 
 @both_loaders
 def test_a_small_dev_shm_is_enough(kind: str, tmp_path: Path) -> None:
     """Docker gives a container 64 MB. One batch here has 8 × 3 × 128 × 128 × 3 bytes."""
-    prefix = ("unshare", "-rm", "sh", "-c", MOUNT.format(size="200k"), "sh")
-    if not shutil.which("unshare") or subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode:
+    if (prefix := mounting("size=200k")) is None:
         pytest.skip("needs the right to mount")
     write_pictures(tmp_path, 16)
     assert run_script("", kind, tmp_path, 128, 8, prefix=prefix) == ("done 8", "")
 
 
-def test_no_room_for_semaphores_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@needs_dali
+def test_dali_needs_no_dev_shm(tmp_path: Path) -> None:
+    if (prefix := mounting("ro")) is None:
+        pytest.skip("needs the right to mount")
+    write_pictures(tmp_path, 16)
+    assert run_script("", "dali", tmp_path, 32, 8, prefix=prefix) == ("done 8", "")
+
+
+def test_no_room_for_queues_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Full:
-        def Lock(self) -> None:
+        def Queue(self) -> None:
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(multiprocessing, "get_context", lambda kind: Full())
-    expected = "^/dev/shm: expected room for the semaphores of 2 processes, got No space left on device; .*--shm-size"
+    expected = "^--data.loader torch: expected room for .* 2 processes, got No space left on device; .*--shm-size"
     with pytest.raises(DataError, match=expected):
         training("torch", open_source(write_pictures(tmp_path, 8)), tiny(), workers=2)
 
