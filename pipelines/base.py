@@ -3,6 +3,7 @@
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Literal, NamedTuple, Self
 
 import numpy as np
@@ -158,7 +159,8 @@ class ImageReader:
         if index in self.bad:
             return None
         try:
-            sample = Sample(index, *to_plain(self._source.read(index)))
+            note = partial(self._source.notices.add, index)
+            sample = Sample(index, *to_plain(self._source.read(index), self._source.decoding, note))
         except BadImage as error:
             self.reject(index, str(error))
         except OSError as error:

@@ -8,10 +8,13 @@ everything else that it can decode. The torch loader takes the same bytes, so th
 import io
 import struct
 import warnings
+from collections.abc import Callable
 from functools import lru_cache
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+
+from reco_fast.pipelines.exif import exif_orientation, image_orientation, plain_exif
+from reco_fast.pipelines.pixels import UNSAID, Decoding, Notice, eight_bits, notice_of, over
 
 MAX_PIXELS = 150_000_000
 """Larger frames are refused before any memory is taken for them; 12,000 × 9,000 passes, 450 MB is the most."""
@@ -24,19 +27,24 @@ class BadImage(ValueError):
     """These bytes are not an image that can be used; the message says why."""
 
 
-def to_plain(data: bytes) -> tuple[bytes, int, int]:
-    """Bytes that either decoder takes (an ordinary JPEG as it is, anything else as a PPM), height and width.
+Note = Callable[[Notice], None]
+
+
+def to_plain(data: bytes, decoding: Decoding = UNSAID, note: Note | None = None) -> tuple[bytes, int, int]:
+    """Bytes that either decoder takes (an ordinary JPEG as it is, but for its EXIF; anything else as a PPM), height and
+    width. `note` is told what there is to say of an image that can be used.
 
     Raises:
         BadImage: with the reason.
     """
+    data = plain_exif(data)
     size = jpeg_size(data)
-    return (data, *size) if size is not None else to_ppm(data)
+    return (data, *size) if size is not None else to_ppm(data, decoding, note)
 
 
-def to_ppm(data: bytes) -> tuple[bytes, int, int]:
+def to_ppm(data: bytes, decoding: Decoding = UNSAID, note: Note | None = None) -> tuple[bytes, int, int]:
     """Decode with Pillow and pack as binary PPM: bytes, height and width. Raises BadImage."""
-    image = decode_image(data)
+    image = decode_image(data, decoding, note)
     return ppm_header(image.height, image.width) + image.tobytes(), image.height, image.width
 
 
@@ -45,21 +53,25 @@ def ppm_header(height: int, width: int) -> bytes:
     return b"P6\n%d %d\n255\n" % (width, height)
 
 
-def decode_image(data: bytes) -> Image.Image:
-    """An upright 8-bit RGB Pillow image. Transparency is dropped; of more than 8 bits the upper 8 are kept.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def decode_image(data: bytes, decoding: Decoding = UNSAID, note: Note | None = None) -> Image.Image:
+    """An upright 8-bit RGB Pillow image; what is transparent and what has more than 8 bits as `decoding` says.
 
     Raises:
         BadImage: with the reason.
     """
     try:
-        image = _open(data)
-        image.load()
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to 255
-            return Image.fromarray(np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8)).convert("RGB")
-        if image.mode == "P" and "transparency" in image.info:
-            image = image.convert("RGBA")
-        return image.convert("RGB")
+        return _decode(plain_exif(data), decoding, note)
     except BadImage:
         raise
     except MemoryError:
@@ -68,16 +80,15 @@ def decode_image(data: bytes) -> Image.Image:
         raise BadImage(_reason(error)) from None
 
 
-def _upright_size(data: bytes) -> tuple[int, int]:
-    """Height and width by the header, as Pillow reads it. Raises BadImage."""
-    try:
-        image = _open(data)
-        sideways = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    except BadImage:
-        raise
-    except Exception as error:
-        raise BadImage(_reason(error)) from None
-    return image.size if sideways else (image.height, image.width)
+def _decode(data: bytes, decoding: Decoding, note: Note | None) -> Image.Image:
+    image = _open(data)
+    shallow, scaled = eight_bits(image, io.BytesIO(data), decoding.range)
+    shallow.load()
+    if scaled is not None and note is not None and (notice := notice_of(image.mode, scaled, decoding)) is not None:
+        note(notice)
+    turn = _TURNS.get(image_orientation(image))
+    upright = over(shallow, decoding.background)
+    return upright if turn is None else upright.transpose(turn)
 
 
 def _open(data: bytes) -> Image.Image:
@@ -123,7 +134,7 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
     if not data.startswith(b"\xff\xd8\xff"):
         return None
     height = width = 0
-    baseline = has_exif = False
+    baseline = sideways = False
     components: dict[int, int] = {}  # identifier → quantization table
     tables: set[int] = set()
     position = 2
@@ -150,7 +161,7 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
         elif marker == _QUANTIZATION:
             tables.update(_quantization_tables(body))
         elif marker == _EXIF:
-            has_exif |= body.startswith(b"Exif\0\0")
+            sideways |= body.startswith(b"Exif\0\0") and (exif_orientation(body[6:]) or 1) >= 5
         elif marker == _ADOBE:
             if body.startswith(b"Adobe") and body[11:12] == b"\0":
                 return None  # not YCbCr
@@ -168,9 +179,7 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
     _check_size(height, width)
     if baseline and height * width > _PIXELS_PER_BYTE * len(data):
         raise BadImage(f"its header claims {width} × {height} pixels, which {len(data):,} bytes cannot hold")
-    if has_exif:  # it may say that the picture is on its side
-        return _upright_size(data)
-    return height, width
+    return (width, height) if sideways else (height, width)
 
 
 @lru_cache(maxsize=4096)  # encoders write the same few tables into all their files

@@ -26,6 +26,7 @@ from reco_fast.pipelines.bad_images.journal import Journal
 from reco_fast.pipelines.base import LONGEST_WAIT, POLL, Batch, ImageReader, Loader, OnBadImage, Sample, waited_too_long
 from reco_fast.pipelines.images import BadImage, decode_image
 from reco_fast.pipelines.order import Order
+from reco_fast.pipelines.pixels import Notices
 from reco_fast.pipelines.sources.image_source import ImageSource
 
 _AHEAD = 2  # batches that each worker has under way
@@ -61,7 +62,7 @@ class TorchLoader(Loader):
         # One more than are under way: of the batch that the caller has got nothing is read any more after `_make`.
         self._slots = _Slots(_AHEAD * workers + 1, order.batch_size, recipe)
         batches = DataLoader(
-            _Steps(reader, recipe, order, seed, self._journal, self._slots),
+            _Steps(reader, source.notices, recipe, order, seed, self._journal, self._slots),
             batch_size=None,  # an item of the data set is a batch
             sampler=steps,
             num_workers=workers,
@@ -87,6 +88,7 @@ class TorchLoader(Loader):
         if made.error:
             raise DataError(made.error)
         self._bad |= made.bad
+        self._source.notices.join(made.notices)
         views = self._slots.views[made.slot, :, : made.images]
         places = torch.from_numpy(self._slots.places[made.slot, : made.images].copy())
         return Batch(tuple(self._normalize(torch.from_numpy(view)) for view in views), places)
@@ -206,6 +208,7 @@ class _Made(NamedTuple):
     slot: int
     images: int
     bad: dict[int, str]
+    notices: Notices
     error: str = ""  # a DataError's text; raised here it would arrive wrapped in the worker's traceback
 
 
@@ -215,6 +218,7 @@ class _Steps(Dataset[_Made]):
     def __init__(
         self,
         reader: ImageReader,
+        notices: Notices,
         recipe: Recipe,
         order: Order,
         seed: int,
@@ -223,6 +227,7 @@ class _Steps(Dataset[_Made]):
     ) -> None:
         self._reader = reader
         self._said = len(reader.bad)
+        self._notices = notices
         self._recipe = recipe
         self._order = order
         self._seed = seed
@@ -236,11 +241,11 @@ class _Steps(Dataset[_Made]):
         try:
             count = self._fill(slot, positions, wanted)
         except DataError as error:
-            return _Made(slot, 0, {}, str(error))
+            return _Made(slot, 0, {}, self._notices.take(), str(error))
         self._journal.end()
         new = dict(islice(self._reader.bad.items(), self._said, None))
         self._said += len(new)
-        return _Made(slot, count, new)
+        return _Made(slot, count, new, self._notices.take())
 
     def _fill(self, slot: int, positions: NDArray[np.int64], wanted: NDArray[np.int64]) -> int:
         """Put the images of these positions into a slot. Returns how many there are."""

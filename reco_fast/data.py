@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import ImageColor
 from torch import Tensor
 
 from reco_fast import distributed
@@ -15,6 +16,7 @@ from reco_fast.pipelines.augmentations import Recipe, evaluation_recipe, reco_re
 from reco_fast.pipelines.base import Loader
 from reco_fast.pipelines.loader import open_loader
 from reco_fast.pipelines.order import EvaluationOrder, TrainingOrder
+from reco_fast.pipelines.pixels import Decoding
 from reco_fast.pipelines.sources import generated
 from reco_fast.pipelines.sources.image_source import ImageSource
 from reco_fast.pipelines.sources.open import open_source
@@ -31,9 +33,18 @@ class LabelledData(NamedTuple):
     classes: list[str]
 
 
+def open_images(path: Path, data: DataConfig) -> ImageSource:
+    """What is at `path`, to be decoded as `data` says. Raises DataError."""
+    source = open_source(path)
+    red, green, blue = ImageColor.getrgb(data.background)[:3]
+    source.decoding = Decoding((red, green, blue), data.range)
+    return source
+
+
 def open_labelled(train: ImageSource, val_path: Path) -> LabelledData:
     """Both sources with the classes matched by name. Raises ConfigError where there are none or they differ."""
     val = open_source(val_path)
+    val.decoding = train.decoding
     for flag, source in (("--data.path", train), ("--data.val-path", val)):
         if source.labels is None:
             raise ConfigError(f"{flag}: expected one folder a class to evaluate with, got images without classes")
@@ -61,7 +72,7 @@ def open_data(config: Config) -> tuple[Config, ImageSource, LabelledData | None]
         data = dataclasses.replace(data, path=path, val_path=val_path)
         config = dataclasses.replace(config, data=data)
     assert data.path is not None
-    source = open_source(data.path)
+    source = open_images(data.path, data)
     if len(source) < config.train.batch_size:
         raise ConfigError(
             f"--train.batch-size: expected at most the {len(source)} images of {data.path}, "

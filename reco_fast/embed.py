@@ -14,7 +14,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
+from typing import Annotated, Literal, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ import tyro
 from numpy.typing import NDArray
 from torch import nn
 
-from reco_fast.data import loader_workers, open_evaluation_loader
+from reco_fast.data import loader_workers, open_evaluation_loader, open_images
 from reco_fast.errors import ConfigError
 from reco_fast.evaluation.embedding_files import Part, Parts, name_bad_images, write_npz, write_parquet, write_projector
 from reco_fast.evaluation.features import outputs
@@ -30,11 +30,10 @@ from reco_fast.method.state import pick_device, pick_precision
 from reco_fast.pipelines.base import none_good
 from reco_fast.pipelines.order import EvaluationOrder
 from reco_fast.pipelines.sources.image_source import ImageSource
-from reco_fast.pipelines.sources.open import open_source
 from reco_fast.run import quarantine
 from reco_fast.run.files import check_output, whole_file
 from reco_fast.run.meter import Meter
-from reco_fast.run.report import progress
+from reco_fast.run.report import progress, warn_of
 from reco_fast.run.run_folder import load_run
 from reco_fast.settings import command_line
 from reco_fast.settings.config import DataConfig
@@ -53,6 +52,15 @@ class ImagesConfig:
     """Loader threads (DALI) or processes (torch); 0 means one for each core."""
     on_bad_image: Literal["skip", "raise"] = "skip"
     """skip leaves out a file that cannot be decoded and names it in FILE.bad_images.txt."""
+    background: str | None = None
+    """Colour behind transparent images; unless said, the run's."""
+    range: Annotated[tuple[float, float] | None, tyro.conf.arg(metavar="LOW HIGH")] = None
+    """Of images of more than 8 bits a channel, the values that become black and white; unless said, as in the run."""
+
+    def beside(self, run: DataConfig) -> DataConfig:
+        """These images, read as the run's. Raises ConfigError."""
+        of_run = {name: getattr(run, name) for name in ("background", "range") if getattr(self, name) is None}
+        return dataclasses.replace(run, **dataclasses.asdict(self) | of_run)
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,7 @@ class Work(NamedTuple):
     def fingerprint(self) -> str:
         """Equal only where the features would be the same: images by name and size, weights, and how they are run."""
         settings = (str(self.precision), self.device.type, self.data.loader, self.data.image_size, self.batch_size)
-        digest = hashlib.sha256(repr((self.source.fingerprint(), settings)).encode())
+        digest = hashlib.sha256(repr((self.source.fingerprint(), self.source.decoding, settings)).encode())
         for name, value in sorted(self.backbone.state_dict().items()):
             digest.update(name.encode() + value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
@@ -107,9 +115,9 @@ def opened(run_dir: Path, images: ImagesConfig, which: str, batch_size: int, dev
     config, encoder = load_run(run_dir, which)
     device = pick_device(device_name, "--device")
     backbone = encoder.get_submodule("backbone").eval().to(device).to(memory_format=torch.channels_last)
-    data = dataclasses.replace(config.data, **dataclasses.asdict(images))
+    data = images.beside(config.data)
     precision = pick_precision(config.train.precision, device)
-    return Work(backbone, open_source(images.path), data, batch_size, device, precision)
+    return Work(backbone, open_images(images.path, data), data, batch_size, device, precision)
 
 
 class Embedded(NamedTuple):
@@ -210,6 +218,7 @@ def compute(work: Work, parts: Parts) -> Meter:
             parts.add(part)
             if parts.steps == 0 and not parts.notes():
                 parts.remove()
+    warn_of(source)
     return meter
 
 

@@ -18,18 +18,17 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from reco_fast.data import LabelledData, open_labelled
+from reco_fast.data import LabelledData, open_images, open_labelled
 from reco_fast.errors import ConfigError
 from reco_fast.evaluation import classifiers, pictures
 from reco_fast.evaluation.embedding_files import name_bad_images
 from reco_fast.evaluation.features import Extracted, features_of
 from reco_fast.method.state import pick_device
 from reco_fast.pipelines.sources.image_source import ImageSource
-from reco_fast.pipelines.sources.open import open_source
 from reco_fast.run import quarantine
 from reco_fast.run.diagnostics import spread
 from reco_fast.run.files import write_json, write_text
-from reco_fast.run.report import progress
+from reco_fast.run.report import progress, warn_of
 from reco_fast.run.run_folder import load_run
 from reco_fast.settings import command_line
 from reco_fast.settings.config import Config, DataConfig
@@ -65,7 +64,7 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
     path, val_path = config.data.path, config.data.val_path
     if path is None:
         raise ConfigError("--data.path: expected images to evaluate with, got nothing")
-    source = open_source(path)
+    source = open_images(path, config.data)
     labelled = open_labelled(source, val_path) if val_path is not None else None
     folder = command.run_dir / "evaluation"
     clear_pictures(folder)
@@ -110,9 +109,11 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
 
 
 def extracted(source: ImageSource, backbone: nn.Module, config: Config, device: torch.device) -> Extracted:
-    """Features of all good images, with progress shown."""
+    """Features of all good images, with progress and what there is to say of them shown."""
     with progress(len(source), 0) as advance:
-        return features_of(backbone, source, config, device, advance=advance)
+        found = features_of(backbone, source, config, device, advance=advance)
+    warn_of(source)
+    return found
 
 
 def chosen_data(given: DataConfig, run: DataConfig) -> DataConfig:
@@ -121,7 +122,13 @@ def chosen_data(given: DataConfig, run: DataConfig) -> DataConfig:
     if path is None or path == run.path:
         path, val_path = run.path, val_path or run.val_path
     return dataclasses.replace(
-        run, path=path, val_path=val_path, loader=given.loader, workers=given.workers, on_bad_image=given.on_bad_image
+        run,
+        path=path,
+        val_path=val_path,
+        loader=given.loader,
+        workers=given.workers,
+        on_bad_image=given.on_bad_image,
+        range=given.range or run.range,
     )
 
 

@@ -117,6 +117,7 @@ def loop(
     config, profile = run.config, run.config.profile
     if state.step == 0:
         progress.knn_top1_initial = progress.knn_top1 = evaluate_student(run, state, progress, log)
+        say_notices(run, log, state.device)
     meter, agreement = Meter(state.device), distributed.Agreement()
     sums = torch.tensor(progress.sums, device=state.device)
     utilisation = utilisation_per_image(state, config) if profile.enabled else None
@@ -148,6 +149,7 @@ def loop(
             if ended or stopping or overdue or run.saves_at(state.step):
                 progress.add(meter)
                 save(state, progress, sums, loader, log, writer)
+                say_notices(run, log, state.device)
                 saved_at = time.monotonic()
                 agreement.forget()
             profiler.step()
@@ -157,6 +159,18 @@ def loop(
     else:
         why = stop.signal_name or "a signal to another rank"
         log.say(f"stopped at step {state.step} ({why}); go on with --run.dir {run.folder}")
+
+
+def say_notices(run: Run, log: RunLog, device: torch.device) -> None:
+    """What loaders had to say of images that they used, each kind of thing once. On all ranks together."""
+    sources = [run.source] if run.labelled is None else [run.source, run.labelled.val]
+    found = [item for source in sources for item in source.notices.lines(source.names).items()]
+    lines = distributed.gather_lines([f"{kind}\t{one_line(line)}" for kind, line in found], device)
+    by_kind = dict(line.split("\t", 1) for line in lines)
+    for line in by_kind.values():
+        log.say(f"warning: {line}")
+    for source in sources:
+        source.notices.said.update(by_kind)
 
 
 def save(

@@ -12,6 +12,8 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
+from reco_fast.pipelines.pixels import UNSAID, Decoding, Notices
+
 _SUFFIXES = "jpg jpeg jpe jfif png webp bmp dib tif tiff gif ppm pgm pbm pnm jp2 j2k avif"
 IMAGE_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
 
@@ -72,6 +74,10 @@ class ImageSource(ABC):
     """Images that loaders leave out unread: index → reason."""
     journal: Path | None
     """Folder in which loaders note what they decode; None for nowhere."""
+    decoding: Decoding
+    """How what is transparent or deep is to be read."""
+    notices: Notices
+    """What loaders have to say of images that they use all the same."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = PackedNames(names)
@@ -80,6 +86,8 @@ class ImageSource(ABC):
         self.unreadable = {}
         self.known_bad = {}
         self.journal = None
+        self.decoding = UNSAID
+        self.notices = Notices()
 
     def __len__(self) -> int:
         return len(self.names)

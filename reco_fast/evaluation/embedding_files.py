@@ -165,7 +165,7 @@ def write_projector(folder: Path, found: Embeddings, source: ImageSource, *, wor
     rows = np.linspace(0, len(found.features) - 1, min(len(found.features), PROJECTOR_IMAGES)).astype(np.int64)
 
     def thumbnail(index: int) -> NDArray[np.uint8]:
-        return np.asarray(ImageOps.fit(decode_image(source.read(index)), (THUMBNAIL, THUMBNAIL)))
+        return np.asarray(ImageOps.fit(decode_image(source.read(index), source.decoding), (THUMBNAIL, THUMBNAIL)))
 
     with ThreadPoolExecutor(workers) as pool:
         images = np.stack(list(pool.map(thumbnail, found.indices[rows].tolist())))

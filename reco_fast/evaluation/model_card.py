@@ -1,15 +1,21 @@
 """The Markdown card beside an exported backbone: how to load it, what it was trained on, what was measured."""
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
+from PIL import ImageColor
+
 from reco_fast import __version__
 from reco_fast.errors import ConfigError
 from reco_fast.pipelines.augmentations import evaluation_recipe
+from reco_fast.pipelines.pixels import deep_values, eight_bits, eight_of_sixteen, over, scaling
 from reco_fast.run import run_folder
 from reco_fast.run.files import read_json
 from reco_fast.settings.config import Config
+
+PIXELS = (deep_values, eight_of_sixteen, scaling, eight_bits, over)
 
 
 def model_card(folder: Path, config: Config, *, which: str, format: str, width: int, code: list[str]) -> str:
@@ -68,14 +74,22 @@ def preprocessing_code(config: Config, code: list[str]) -> list[str]:
     (view,) = recipe.views
     return [
         *sorted(imports, key=lambda line: line.startswith("from")),
+        "from typing import Any",
         "from PIL import Image, ImageOps",
         "",
         *(line for line in code if line and line not in imports),
         "",
         f"mean, std = torch.tensor({recipe.mean}).view(3, 1, 1), torch.tensor({recipe.std}).view(3, 1, 1)",
         "",
+        "# Images with transparency, or with more than 8 bits a channel, as the training read them",
+        *(line for part in PIXELS for line in inspect.getsource(part).splitlines()),
+        "",
         "def prepare(path):  # the central square",
-        "    image = ImageOps.exif_transpose(Image.open(path)).convert('RGB')",
+        "    image = Image.open(path)",
+        f"    shallow, _ = eight_bits(image, path, {config.data.range})",
+        f"    rgb = over(shallow, {ImageColor.getrgb(config.data.background)})",
+        "    rgb.info = image.info  # with its EXIF",
+        "    image = ImageOps.exif_transpose(rgb)",
         f"    side = max(1, round({view.center_crop} * min(image.size)))",
         "    left, top = (image.width - side) // 2, (image.height - side) // 2",
         "    image = image.crop((left, top, left + side, top + side))",

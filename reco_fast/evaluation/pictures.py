@@ -177,7 +177,7 @@ def draw_neighbours(
             shown.append((source, int(places[row, column]), title, colour))
         for column, (source, place, title, colour) in enumerate(shown):
             x, y = column * cell + 8, row * (cell + head) + head
-            thumbnail = ImageOps.fit(decode_image(source.read(place)), (THUMBNAIL, THUMBNAIL))
+            thumbnail = ImageOps.fit(decode_image(source.read(place), source.decoding), (THUMBNAIL, THUMBNAIL))
             page[y : y + THUMBNAIL, x : x + THUMBNAIL] = np.asarray(thumbnail)
             frames.append((x - 1.5, y - 1.5, colour))
             titles.append((x + THUMBNAIL / 2, y - 5, title, colour))

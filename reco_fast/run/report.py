@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from reco_fast.errors import ConfigError
+from reco_fast.pipelines.sources.image_source import ImageSource
 from reco_fast.run.diagnostics import Finding, Spread
 from reco_fast.run.files import parse_json, read_text, write_text
 from reco_fast.settings.typed import one_line
@@ -222,6 +223,12 @@ def wandb_beside(directory: Path, project: str, settings: dict[str, Any]) -> Ite
             yield
     finally:
         wandb.tensorboard.unpatch()
+
+
+def warn_of(source: ImageSource) -> None:
+    """Print what loaders had to say of images of `source` that they used, a line for each kind of thing."""
+    for line in source.notices.lines(source.names).values():
+        print(one_line(f"warning: {line}").encode("utf-8", "backslashreplace").decode(), flush=True)
 
 
 @contextmanager

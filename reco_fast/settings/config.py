@@ -4,6 +4,7 @@ A wrong value raises `ConfigError` with one line that names the flag, the value 
 """
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
+from PIL import ImageColor
 
 from reco_fast.errors import ConfigError
 from reco_fast.settings.typed import as_dataclass
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="DataclassInstance")
 GONE = {"train": {"convolution"}}
 """Settings that earlier versions wrote and that change nothing that a run learns, by section."""
+NEW = {"data": {"background", "range"}}
+"""Settings that earlier versions did not write: their runs have the default."""
 
 _MOST_COUNT = 2**40  # far above what is useful, far below what overflows
 
@@ -48,8 +52,16 @@ class DataConfig:
     """Loader threads (DALI) or processes (torch) a rank; 0 means one for each core of this rank's share."""
     on_bad_image: Literal["skip", "raise"] = "skip"
     """skip replaces a file that cannot be decoded by another image and lists it in bad_images.txt."""
+    background: str = "white"
+    """Colour behind transparent images: a name or #rrggbb."""
+    range: Annotated[tuple[float, float] | None, tyro.conf.arg(metavar="LOW HIGH")] = None
+    """Of images of more than 8 bits a channel, the values that become black and white. Unless said: the range that the
+    file declares or its type has, else the image's own; a warning says where that leaves little or is a guess."""
 
     def __post_init__(self) -> None:
+        _require(_is_colour(self.background), "data.background", self.background, "a colour such as white or #ffffff")
+        ok = self.range is None or (math.isfinite(self.range[1] - self.range[0]) and self.range[0] < self.range[1])
+        _require(ok, "data.range", self.range and "{:g} {:g}".format(*self.range), "two numbers, the lower one first")
         _require(16 <= self.image_size <= 1024, "data.image-size", self.image_size, "a size from 16 to 1024")
         _require(0 <= self.workers <= 256, "data.workers", self.workers, "a number from 0 to 256")
 
@@ -256,6 +268,14 @@ class Config(StepConfig):
         return updated(cls(), values, whole=True)
 
 
+def _is_colour(text: str) -> bool:
+    """Whether Pillow knows it, as one without transparency."""
+    try:
+        return len(ImageColor.getrgb(text)) == 3
+    except ValueError:
+        return False
+
+
 def updated(base: T, values: object, *, whole: bool = False) -> T:
     """`base`, a dataclass of sections, with the settings that `values` has: such as `Config.to_json` gives, any of them
     left out unless they must be `whole`. Sections of `Config` that `base` lacks belong to other commands and change
@@ -272,7 +292,9 @@ def updated(base: T, values: object, *, whole: bool = False) -> T:
     sections: dict[str, Any] = {}
     for name in kinds if whole else set(kinds) & set(values):
         given = {key: value for key, value in values.get(name, {}).items() if key not in GONE.get(name, ())}
-        before = {} if whole else dataclasses.asdict(getattr(base, name))
+        before = dataclasses.asdict(getattr(base, name))
+        if whole:
+            before = {key: before[key] for key in NEW.get(name, ())}
         try:
             sections[name] = as_dataclass(kinds[name], _jsonable(before | given))
         except ValueError as error:

@@ -33,7 +33,14 @@ def as_dataclass(kind: type[T], values: object) -> T:
     for name, value in values.items():
         if not _fits(value, fields[name]):
             raise ValueError(one_line(f"expected {name} as {_named(fields[name])}, got {_shown(value)}"))
-    return kind(**{name: Path(v) if _is_path(fields[name]) and v is not None else v for name, v in values.items()})
+    return kind(**{name: _made(value, fields[name]) for name, value in values.items()})
+
+
+def _made(value: Any, kind: Any) -> Any:
+    """What JSON writes as something else: paths and tuples."""
+    if isinstance(value, list) and any(typing.get_origin(choice) is tuple for choice in (kind, *typing.get_args(kind))):
+        return tuple(value)
+    return Path(value) if _is_path(kind) and value is not None else value
 
 
 def _fits(value: object, kind: Any) -> bool:
@@ -45,6 +52,10 @@ def _fits(value: object, kind: Any) -> bool:
         return any(type(value) is type(choice) and value == choice for choice in arguments)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, choice) for choice in arguments)
+    if origin is tuple:
+        if not isinstance(value, list | tuple) or len(value) != len(arguments):
+            return False
+        return all(_fits(item, choice) for item, choice in zip(value, arguments, strict=True))
     if origin is list:
         return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
     if origin is dict:
@@ -85,6 +96,8 @@ def _named(kind: Any) -> str:
         return "one of " + ", ".join(map(str, arguments))
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return " or ".join("null" if choice is type(None) else _named(choice) for choice in arguments)
+    if typing.get_origin(kind) is tuple:
+        return f"a list of {', '.join(map(_named, arguments))}"
     if typing.get_origin(kind) in (list, dict):
         return f"{'a list' if typing.get_origin(kind) is list else 'an object'} of {_named(arguments[-1])}"
     return {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", Path: "a path"}.get(

@@ -39,6 +39,8 @@ def test_what_depends_on_the_device_is_on_off_or_not_said(name: str, prefix: str
         (["--train.epochs", "0"], r"--train\.epochs: expected 1 or more, got 0"),
         (["--train.epochs", "many"], r"--train\.epochs.*'many'"),
         (["--data.loader", "fast"], r"'fast'.*--data\.loader.*'dali'"),
+        (["--data.range", "9", "4"], r"--data\.range: expected two numbers, the lower one first, got 9 4"),
+        (["--data.background", "whitish"], r"--data\.background: expected a colour such as white.*, got whitish"),
         (["--loss.temperature", "-1"], r"--loss\.temperature: expected a number above 0, got -1"),
         (["--model.bank-size", "100", "--train.batch-size", "128"], r"--model\.bank-size: .*--train\.batch-size"),
         (["cifar100"], r"cifar100: expected a preset, one of quickstart"),
@@ -64,6 +66,21 @@ def test_a_run_of_an_earlier_version_is_read_without_what_is_gone() -> None:
     values = Config().to_json()
     values["train"]["convolution"] = "winograd"
     assert Config.from_json(values) == Config()
+
+
+def test_a_run_of_an_earlier_version_has_the_default_of_what_is_new() -> None:
+    values = Config().to_json()
+    del values["data"]["background"], values["data"]["range"]
+    assert Config.from_json(values) == Config()
+
+
+def test_a_range_survives_json() -> None:
+    config = parse(["cifar10", "--data.range", "-1000", "3000.5", "--data.background", "#102030"])[0]
+    assert config.data.range == (-1000, 3000.5)
+    assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
+    for wrong in ([1], [1, "2"], "1 2", [2, 1]):
+        with pytest.raises(ConfigError, match="range"):
+            Config.from_json(config.to_json() | {"data": config.to_json()["data"] | {"range": wrong}})
 
 
 def test_help_shows_what_to_expect(capsys: pytest.CaptureFixture[str]) -> None:
