@@ -28,10 +28,11 @@ from reco_fast.evaluation.embedding_files import Part, Parts, name_bad_images, w
 from reco_fast.method.state import pick_device, pick_precision
 from reco_fast.pipelines.order import EvaluationOrder
 from reco_fast.pipelines.sources.image_source import ImageSource
+from reco_fast.pipelines.sources.labels import BESIDE
 from reco_fast.pipelines.sources.open import open_source
 from reco_fast.run.files import check_output, whole_file
 from reco_fast.run.meter import Meter
-from reco_fast.run.report import progress
+from reco_fast.run.report import progress, say
 from reco_fast.run.run_folder import load_run
 from reco_fast.settings import command_line
 from reco_fast.settings.config import DataConfig
@@ -142,6 +143,9 @@ def embed(command: EmbedCommand) -> int:
         raise ConfigError(f"--projector: expected a new or an empty folder, got {command.projector}")
     work = opened(command.run_dir, command.data, command.which, command.batch_size, command.device)
     source = work.source
+    say(source.passed_over.line())
+    if BESIDE in source.unlabelled:
+        say(f"no labels: {source.unlabelled}")
     parts = Parts(Path(f"{command.output}.parts"), work.fingerprint())
     try:
         meter = compute(work, parts)

@@ -24,10 +24,11 @@ from reco_fast.evaluation import classifiers, pictures
 from reco_fast.evaluation.features import features_of
 from reco_fast.method.state import pick_device
 from reco_fast.pipelines.sources.image_source import ImageSource
+from reco_fast.pipelines.sources.labels import BESIDE
 from reco_fast.pipelines.sources.open import open_source
 from reco_fast.run.diagnostics import spread
 from reco_fast.run.files import write_json, write_text
-from reco_fast.run.report import progress
+from reco_fast.run.report import progress, say
 from reco_fast.run.run_folder import load_run
 from reco_fast.settings import command_line
 from reco_fast.settings.config import Config, DataConfig
@@ -71,12 +72,17 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
         raise ConfigError("WORLD_SIZE: expected one process, without torchrun, got more")
     config, encoder = load_run(command.run_dir, command.which)
     device = pick_device(command.device, "--device")
-    config = dataclasses.replace(config, data=chosen_data(command.data, config.data))
+    data, flag = chosen_data(command.data, config)
+    config = dataclasses.replace(config, data=data)
     path, val_path = config.data.path, config.data.val_path
     if path is None:
         raise ConfigError("--data.path: expected images to evaluate with, got nothing")
     source = open_source(path)
-    labelled = open_labelled(source, val_path) if val_path is not None else None
+    labelled = open_labelled(source, val_path, flag) if val_path is not None else None
+    say(source.passed_over.line())
+    if BESIDE in source.unlabelled:
+        say(f"no labels: {source.unlabelled}")
+    say(labelled.val.passed_over.line() if labelled is not None else "")
     folder = command.run_dir / "evaluation"
     clear_pictures(folder)
 
@@ -108,14 +114,24 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
     return result
 
 
-def chosen_data(given: DataConfig, run: DataConfig) -> DataConfig:
-    """The run's images unless others are given; the run's held-out ones only beside the run's own."""
-    path, val_path = given.path, given.val_path
-    if path is None or path == run.path:
-        path, val_path = run.path, val_path or run.val_path
-    return dataclasses.replace(
-        run, path=path, val_path=val_path, loader=given.loader, workers=given.workers, on_bad_image=given.on_bad_image
+def chosen_data(given: DataConfig, run: Config) -> tuple[DataConfig, str]:
+    """The run's images unless others are given: those of its evaluation where it has some apart, the held-out ones only
+    beside the run's own. And the flag that names the first."""
+    path, val_path, flag = given.path, given.val_path, "--data.path"
+    apart = run.eval.train_path
+    if path is None and apart is not None:
+        path, val_path, flag = apart, val_path or run.data.val_path, "--eval.train-path"
+    elif path is None or (path == run.data.path and apart is None):
+        path, val_path = run.data.path, val_path or run.data.val_path
+    chosen = dataclasses.replace(
+        run.data,
+        path=path,
+        val_path=val_path,
+        loader=given.loader,
+        workers=given.workers,
+        on_bad_image=given.on_bad_image,
     )
+    return chosen, flag
 
 
 def clear_pictures(folder: Path) -> None:

@@ -17,13 +17,14 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from reco_fast import distributed
-from reco_fast.data import open_data, open_training_loader, recipe
+from reco_fast.data import open_data, open_training_loader, passed_over, recipe, rules_of
 from reco_fast.evaluation.features import features_of, knn_top1, labelled_features
 from reco_fast.method.losses import loss_runs
 from reco_fast.method.state import TrainState, build_state, fastest_precision, pick_device
 from reco_fast.method.step import draw, scheduled, train_step
 from reco_fast.pipelines.augmentations import Recipe
 from reco_fast.pipelines.base import Batch, Loader
+from reco_fast.pipelines.sources.kinds import NOW
 from reco_fast.profiling.flops import utilisation_per_image
 from reco_fast.profiling.trace import region, trace
 from reco_fast.run import checkpoint, quarantine, run_folder
@@ -74,6 +75,10 @@ def train(config: Config, name: str = "run", on_metrics: Callable[[dict[str, Any
             return folder
         progress = Progress() if resume_from is None else Progress.restore(resume_from, state)
         run_folder.same_start(state.step, device)
+        rules = rules_of(progress.fingerprint, config, source, device)
+        if rules != NOW:  # the run began when other files counted as images, and goes on with those
+            config, source, labelled = open_data(config, rules)
+            run = Run(config, source, labelled, folder, epoch_steps=len(source) / config.train.batch_size)
         if writes:
             progress.fingerprint = run_folder.same_images(progress.fingerprint, source, config.data.path)
         with run_folder.claimed(folder, config) if writes else nullcontext():
@@ -86,7 +91,7 @@ def train(config: Config, name: str = "run", on_metrics: Callable[[dict[str, Any
                 checkpoint.Writer(folder / "checkpoints") as writer,
                 distributed.StopRequest() as stop,
             ):
-                for line in (introduction(run, state), *left_out):
+                for line in (introduction(run, state), *passed_over(config, source, labelled), *left_out):
                     log.say(line)
                 if labelled is None:
                     log.say("no --data.val-path with images by class: no kNN evaluation, only losses")

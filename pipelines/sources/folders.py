@@ -11,6 +11,7 @@ from reco_fast.errors import DataError
 from reco_fast.pipelines.sources.image_source import ImageSource, stamp_of
 from reco_fast.pipelines.sources.kinds import (
     HIDDEN,
+    IMAGE_SUFFIXES,
     NO_FILE,
     NO_SUFFIX,
     NOW,
@@ -59,6 +60,7 @@ def open_folder(root: Path, rules: Rules = NOW) -> ImageSource:
         listing = inside if inside.names or inside.shards else listing
     source: ImageSource
     if listing.names:
+        _keep_classes(listing)
         for shard in listing.shards:
             listing.passed_over.add(".tar", shard)
         source = FolderSource(root, sorted(listing.names), listing.unreadable)
@@ -75,6 +77,18 @@ def open_folder(root: Path, rules: Rules = NOW) -> ImageSource:
     passed_over = listing.passed_over.line()
     content = f"it has none of them ({passed_over})" if passed_over else "it is empty"
     raise DataError(f"{root}: expected images (.jpg, .png, .webp, …) or .tar shards below this folder, {content}")
+
+
+def _keep_classes(listing: "_Listing") -> None:
+    """What only its first bytes, or pillow-heif, make an image does not cost the folders beside it their labels."""
+    beside = [name for name in listing.names if "/" not in name]
+    if not beside or any(suffix_of(name) in IMAGE_SUFFIXES for name in beside):
+        return
+    inside = [name for name in listing.names if "/" in name]
+    if inside and by_folder(inside).numbers is not None:
+        listing.names = inside
+        for name in beside:
+            listing.passed_over.add(suffix_of(name) or NO_SUFFIX, name)
 
 
 class _Listing:

@@ -20,9 +20,8 @@ _PACKED = frozenset({".gz", ".bz2", ".xz", ".zst"})
 HIDDEN, NO_SUFFIX, NO_FILE, LINK = "hidden", "without a suffix", "pipes or sockets", "links"
 SECOND = "second images of a sample"
 # What may hold pictures that somebody misses is named before the rest.
-_MISSED = frozenset(
-    {SECOND, NO_FILE, LINK, ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".rar"}
-)
+_MISSED = HEIF_SUFFIXES | {SECOND, NO_FILE, LINK}
+_MISSED |= frozenset(".tar .tar.gz .tgz .tar.bz2 .tar.xz .tar.zst .zip .rar .dng .cr2 .cr3 .nef .arw .orf .rw2".split())
 _MISSED |= frozenset(".7z .parquet .tfrecord .lmdb .svg .psd .jxl .exr .tga .npy .npz .dcm .pdf .mp4 .mov .avi".split())
 
 
@@ -110,7 +109,7 @@ class PassedOver:
         parts = [self._part(kind, *found) for kind, found in order[: self.SHOWN]]
         rest = [count for _, (count, _) in order[self.SHOWN :]]
         if rest:
-            parts.append(f"{sum(rest):,} of {len(rest):,} other kinds")
+            parts.append(f"{sum(rest):,} of other kinds")
         return f"passed over: {', '.join(parts)}" if parts else ""
 
     def _part(self, kind: str, count: int, example: str) -> str:

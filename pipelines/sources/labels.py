@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SHOWN = 4  # names
+BESIDE = "beside the folders"  # in the reason where labels are lost because of a few images
 
 
 class Labels(NamedTuple):
@@ -39,7 +40,7 @@ def by_folder(names: Sequence[str], *, inside: bool = False) -> Labels:
         return unlabelled(f"all {len(names):,} lie in one folder")
     if stray:
         those = f"{stray[0]} lies" if len(stray) == 1 else f"{stray[0]} and {len(stray) - 1:,} more lie"
-        return unlabelled(f"{those} beside the folders ({first_few(found)})")
+        return unlabelled(f"{those} {BESIDE} ({first_few(found)})")
     if len(found) == 1:
         deeper = sorted({each[1] for each in parts.values() if len(each) > 1})
         if len(deeper) < 2:

@@ -31,6 +31,8 @@ def prepare(folder: Path, data: DataConfig, source: ImageSource, labelled: Label
     Raises ConfigError for a manifest or a quarantine.json that cannot be read.
     """
     sources = {"train": source} if labelled is None else {"train": source, "val": labelled.val}
+    if labelled is not None and labelled.train is not source:
+        sources["eval"] = labelled.train
     lines = []
     if distributed.rank() == 0:
         for name, images in sources.items():
