@@ -63,8 +63,10 @@ def open_labelled(train: ImageSource, val_path: Path, flag: str = "--data.path",
 def _one_too_deep(train: ImageSource, val: ImageSource, flag: str) -> str:
     """What to give instead where one of the sources has the other's classes one folder deeper."""
     for name, upper, lower in ((flag, train, val), ("--data.val-path", val, train)):
+        if not isinstance(upper, FolderSource):
+            continue
         inside: defaultdict[str, set[str]] = defaultdict(set)
-        for image in upper.names if isinstance(upper, FolderSource) else ():
+        for image in upper.names:
             folder, *deeper = image.split("/", 2)
             inside[folder].update(deeper[:-1])
         for folder, names in sorted(inside.items()):

@@ -38,6 +38,8 @@ def by_folder(names: Sequence[str], *, inside: bool = False) -> Labels:
     stray = [name for name, folder in zip(names, where, strict=True) if class_of[folder] is None]
     if not found:
         return unlabelled(f"all {len(names):,} lie in one folder")
+    if len(stray) > max(3, len(names) // 100) or (stray and len(found) == 1):
+        return unlabelled(f"{len(stray):,} of {len(names):,} lie in no folder, e.g. {stray[0]}")
     if stray:
         those = f"{stray[0]} lies" if len(stray) == 1 else f"{stray[0]} and {len(stray) - 1:,} more lie"
         return unlabelled(f"{those} {BESIDE} ({first_few(found)})")

@@ -32,6 +32,8 @@ def shard(root: Path, content: dict[str, bytes]) -> ImageSource:
         (("a.jpg", "b.jpg"), "all 2 lie in one folder"),
         (("cat/1.jpg", "dog/2.jpg", "s.jpg"), "s.jpg lies beside the folders (cat, dog)"),
         (("cat/1.jpg", "dog/2.jpg", "s.jpg", "t.jpg"), "s.jpg and 1 more lie beside the folders (cat, dog)"),
+        (("cat/1.jpg", "s.jpg"), "1 of 2 lie in no folder, e.g. s.jpg"),
+        (("a/1.jpg", "b/2.jpg", *(f"{n}.jpg" for n in range(4))), "4 of 6 lie in no folder, e.g. 0.jpg"),
         (("cat/1.jpg", "cat/2.jpg"), "all 2 lie in the folder cat"),
         (
             ("train/cat/1.jpg", "train/dog/2.jpg"),
