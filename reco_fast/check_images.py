@@ -20,8 +20,8 @@ from reco_fast.pipelines.loader import resolve
 from reco_fast.pipelines.sources.open import open_source
 from reco_fast.run.files import write_text
 from reco_fast.run.quarantine import known_reasons, manifest_line
+from reco_fast.run.report import say
 from reco_fast.settings import command_line
-from reco_fast.settings.typed import one_line
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ def check(command: CheckCommand) -> int:
     if command.output.is_dir():
         raise ConfigError(f"--output: expected a file, got the folder {command.output}")
     source = open_source(command.path)
+    say(source.passed_over.line())
     stamps = [source.stamp(index) for index in range(len(source))]
     exists = command.output.exists()
     reasons = known_reasons(command.output, source, dict(enumerate(stamps))) if exists else {}
@@ -59,7 +60,7 @@ def check(command: CheckCommand) -> int:
     ):
         reasons[index] = reason
         if reason is not None:
-            print(one_line(f"{source.names[index]}: {reason}").encode("utf-8", "backslashreplace").decode())
+            say(f"{source.names[index]}: {reason}")
         if done % 10_000 == 0 or done == len(todo):
             print(f"{done:,} of {len(todo):,} images, {done / (time.monotonic() - started):.0f} img/s", flush=True)
     write_text(

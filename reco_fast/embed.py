@@ -30,14 +30,14 @@ from reco_fast.method.state import pick_device, pick_precision
 from reco_fast.pipelines.base import none_good
 from reco_fast.pipelines.order import EvaluationOrder
 from reco_fast.pipelines.sources.image_source import ImageSource
+from reco_fast.pipelines.sources.labels import BESIDE
 from reco_fast.run import quarantine
 from reco_fast.run.files import check_output, whole_file
 from reco_fast.run.meter import Meter
-from reco_fast.run.report import progress, warn_of
+from reco_fast.run.report import progress, say, warn_of
 from reco_fast.run.run_folder import load_run
 from reco_fast.settings import command_line
 from reco_fast.settings.config import DataConfig
-from reco_fast.settings.typed import one_line
 
 PART_SECONDS = 30.0  # of work that an interruption loses at most
 
@@ -156,10 +156,13 @@ def embed(command: EmbedCommand) -> int:
         raise ConfigError(f"--projector: expected a new or an empty folder, got {command.projector}")
     work = opened(command.run_dir, command.data, command.which, command.batch_size, command.device)
     source = work.source
+    say(source.passed_over.line())
+    if BESIDE in source.unlabelled:
+        say(f"no labels: {source.unlabelled}")
     folder = Path(f"{command.output}.parts")
     parts = Parts(folder, work.fingerprint())
     for line in quarantine.leave_out(folder, work.data.loader, {"images": source}):
-        print(one_line(line), flush=True)
+        say(line)
     try:
         meter = compute(work, parts)
     except KeyboardInterrupt:

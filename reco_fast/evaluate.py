@@ -25,14 +25,14 @@ from reco_fast.evaluation.embedding_files import name_bad_images
 from reco_fast.evaluation.features import Extracted, features_of
 from reco_fast.method.state import pick_device
 from reco_fast.pipelines.sources.image_source import ImageSource
+from reco_fast.pipelines.sources.labels import BESIDE
 from reco_fast.run import quarantine
 from reco_fast.run.diagnostics import spread
 from reco_fast.run.files import write_json, write_text
-from reco_fast.run.report import progress, warn_of
+from reco_fast.run.report import progress, say, warn_of
 from reco_fast.run.run_folder import load_run
 from reco_fast.settings import command_line
 from reco_fast.settings.config import Config, DataConfig
-from reco_fast.settings.typed import one_line
 
 SWEEP_K = (1, 5, 10, 20, 50, 100, 200, 500)
 SWEEP_TEMPERATURES = (0.03, 0.07, 0.1, 0.2, 1.0)
@@ -60,18 +60,23 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
         raise ConfigError("WORLD_SIZE: expected one process, without torchrun, got more")
     config, encoder = load_run(command.run_dir, command.which)
     device = pick_device(command.device, "--device")
-    config = dataclasses.replace(config, data=chosen_data(command.data, config.data))
+    data, flag = chosen_data(command.data, config)
+    config = dataclasses.replace(config, data=data)
     path, val_path = config.data.path, config.data.val_path
     if path is None:
         raise ConfigError("--data.path: expected images to evaluate with, got nothing")
     source = open_images(path, config.data)
-    labelled = open_labelled(source, val_path) if val_path is not None else None
+    labelled = open_labelled(source, val_path, flag) if val_path is not None else None
+    say(source.passed_over.line())
+    if BESIDE in source.unlabelled:
+        say(f"no labels: {source.unlabelled}")
+    say(labelled.val.passed_over.line() if labelled is not None else "")
     folder = command.run_dir / "evaluation"
     clear_pictures(folder)
     sources = {"train": source} if labelled is None else {"train": source, "val": labelled.val}
     sources = {f"{name}-{images.names.digest().hex()[:16]}": images for name, images in sources.items()}
     for line in quarantine.leave_out(folder, config.data.loader, sources):
-        print(one_line(line), flush=True)
+        say(line)
 
     backbone = encoder.get_submodule("backbone").to(device).to(memory_format=torch.channels_last)
     train = extracted(source, backbone, config, device)
@@ -116,20 +121,25 @@ def extracted(source: ImageSource, backbone: nn.Module, config: Config, device: 
     return found
 
 
-def chosen_data(given: DataConfig, run: DataConfig) -> DataConfig:
-    """The run's images unless others are given; the run's held-out ones only beside the run's own."""
-    path, val_path = given.path, given.val_path
-    if path is None or path == run.path:
-        path, val_path = run.path, val_path or run.val_path
-    return dataclasses.replace(
-        run,
+def chosen_data(given: DataConfig, run: Config) -> tuple[DataConfig, str]:
+    """The run's images unless others are given: those of its evaluation where it has some apart, the held-out ones only
+    beside the run's own. And the flag that names the first."""
+    path, val_path, flag = given.path, given.val_path, "--data.path"
+    apart = run.eval.train_path
+    if path is None and apart is not None:
+        path, val_path, flag = apart, val_path or run.data.val_path, "--eval.train-path"
+    elif path is None or (path == run.data.path and apart is None):
+        path, val_path = run.data.path, val_path or run.data.val_path
+    chosen = dataclasses.replace(
+        run.data,
         path=path,
         val_path=val_path,
         loader=given.loader,
         workers=given.workers,
         on_bad_image=given.on_bad_image,
-        range=given.range or run.range,
+        range=given.range or run.data.range,
     )
+    return chosen, flag
 
 
 def clear_pictures(folder: Path) -> None:

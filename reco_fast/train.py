@@ -17,13 +17,14 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from reco_fast import distributed
-from reco_fast.data import open_data, open_training_loader, recipe
+from reco_fast.data import open_data, open_training_loader, passed_over, recipe, rules_of
 from reco_fast.evaluation.features import Features, features_of, knn_top1, labelled_features
 from reco_fast.method.losses import loss_runs
 from reco_fast.method.state import TrainState, build_state, fastest_precision, pick_device
 from reco_fast.method.step import draw, scheduled, train_step
 from reco_fast.pipelines.augmentations import Recipe
 from reco_fast.pipelines.base import Batch, Loader
+from reco_fast.pipelines.sources.kinds import NOW
 from reco_fast.profiling.flops import utilisation_per_image
 from reco_fast.profiling.trace import region, trace
 from reco_fast.run import checkpoint, quarantine, run_folder
@@ -74,6 +75,10 @@ def train(config: Config, name: str = "run", on_metrics: Callable[[dict[str, Any
             return folder
         progress = Progress() if resume_from is None else Progress.restore(resume_from, state)
         run_folder.same_start(state.step, device)
+        rules = rules_of(progress.fingerprint, config, source, device)
+        if rules != NOW:  # the run began when other files counted as images, and goes on with those
+            config, source, labelled = open_data(config, rules)
+            run = Run(config, source, labelled, folder, epoch_steps=len(source) / config.train.batch_size)
         if writes:
             progress.fingerprint = run_folder.same_images(progress.fingerprint, source, config.data.path)
         with run_folder.claimed(folder, config) if writes else nullcontext():
@@ -86,7 +91,7 @@ def train(config: Config, name: str = "run", on_metrics: Callable[[dict[str, Any
                 checkpoint.Writer(folder / "checkpoints") as writer,
                 distributed.StopRequest() as stop,
             ):
-                for line in (introduction(run, state), *left_out):
+                for line in (introduction(run, state), *passed_over(config, source, labelled), *left_out):
                     log.say(line)
                 if labelled is None:
                     log.say("no --data.val-path with images by class: no kNN evaluation, only losses")
@@ -163,7 +168,7 @@ def loop(
 
 def say_notices(run: Run, log: RunLog, device: torch.device) -> None:
     """What loaders had to say of images that they used, each kind of thing once. On all ranks together."""
-    sources = [run.source] if run.labelled is None else [run.source, run.labelled.val]
+    sources = run.sources
     found = [item for source in sources for item in source.notices.lines(source.names).items()]
     lines = distributed.gather_lines([f"{kind}\t{one_line(line)}" for kind, line in found], device)
     by_kind = dict(line.split("\t", 1) for line in lines)
@@ -219,7 +224,7 @@ def evaluate_student(run: Run, state: TrainState, progress: Progress, log: RunLo
         top1 = knn_top1(features, len(run.labelled.classes), k=options.knn_k, temperature=options.knn_temperature)
         findings = progress.watch.evaluation(top1, len(val.features), config)
         log.bad_images(bad_lines(val.bad, config.data.val_path))
-    log.bad_images(bad_lines(train.bad))
+    log.bad_images(bad_lines(train.bad, None if train.source is run.source else config.eval.train_path))
     log.evaluation(state.step, run.epoch(state.step), progress.seconds, top1, spread(train.features), findings)
     return top1
 

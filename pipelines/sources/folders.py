@@ -8,7 +8,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reco_fast.errors import DataError
-from reco_fast.pipelines.sources.image_source import IMAGE_SUFFIXES, ImageSource, stamp_of
+from reco_fast.pipelines.sources.image_source import ImageSource, stamp_of
+from reco_fast.pipelines.sources.kinds import (
+    HIDDEN,
+    IMAGE_SUFFIXES,
+    NO_FILE,
+    NO_SUFFIX,
+    NOW,
+    START,
+    PassedOver,
+    Rules,
+    is_rubbish,
+    is_tool_folder,
+    kind_by_start,
+    suffix_of,
+)
+from reco_fast.pipelines.sources.labels import by_folder
 from reco_fast.pipelines.sources.shards import TarSource
 
 
@@ -20,12 +35,7 @@ class FolderSource(ImageSource):
         super().__init__(names)
         self.root = os.fspath(root)
         self.unreadable = unreadable
-        folders = [name.partition("/")[0] if "/" in name else None for name in names]
-        found = sorted({folder for folder in folders if folder is not None})
-        if None not in folders and len(found) >= 2:
-            numbers = {folder: number for number, folder in enumerate(found)}
-            self.classes = found
-            self.labels = np.array([numbers[folder] for folder in folders if folder is not None], np.int64)
+        self.labels, self.classes, self.unlabelled = by_folder(names)
 
     def read(self, index: int) -> bytes:
         with open(f"{self.root}/{self.names[index]}", "rb", buffering=0) as file:
@@ -43,57 +53,131 @@ class FolderSource(ImageSource):
         return np.array([self.stamp(index)[0] for index in indices.tolist()], np.int64)
 
 
-def open_folder(root: Path) -> ImageSource:
-    names: list[str] = []
-    shards: list[str] = []
-    unreadable: dict[str, str] = {}
-    other = _list_folder(os.fspath(root), "", names, shards, unreadable, ())
-    if names:
-        return FolderSource(root, sorted(names), unreadable)
-    if shards:
-        return TarSource([root / name for name in sorted(shards)], root)
-    if unreadable:
-        name, reason = next(iter(unreadable.items()))
+def open_folder(root: Path, rules: Rules = NOW) -> ImageSource:
+    listing = _Listing(os.fspath(root), rules)
+    if not (listing.names or listing.shards) and not rules.tools:
+        inside = _Listing(os.fspath(root), rules._replace(tools=True))  # where there is nothing else
+        listing = inside if inside.names or inside.shards else listing
+    source: ImageSource
+    if listing.names:
+        _keep_classes(listing)
+        for shard in listing.shards:
+            listing.passed_over.add(".tar", shard)
+        source = FolderSource(root, sorted(listing.names), listing.unreadable)
+        source.passed_over = listing.passed_over
+        return source
+    if listing.shards:
+        source = TarSource([root / name for name in sorted(listing.shards)], root, rules)
+        source.unreadable |= listing.unreadable
+        source.passed_over.include(listing.passed_over)
+        return source
+    if listing.unreadable:
+        name, reason = next(iter(listing.unreadable.items()))
         raise DataError(f"{root / name}: expected a folder that can be listed, {reason}")
-    content = "it has none of them" if other else "it is empty"
+    passed_over = listing.passed_over.line()
+    content = f"it has none of them ({passed_over})" if passed_over else "it is empty"
     raise DataError(f"{root}: expected images (.jpg, .png, .webp, …) or .tar shards below this folder, {content}")
 
 
-def _list_folder(
-    root: str,
-    below: str,
-    names: list[str],
-    shards: list[str],
-    unreadable: dict[str, str],
-    parents: tuple[tuple[int, int], ...],
-) -> bool:
-    """Append what lies below `root/below`; true where there is any file of another kind. `parents`: device and inode
-    of the folders on the way here, so that a link to one of them does not go round for ever."""
-    other = False
-    folders: list[str] = []
-    try:
-        here = os.stat(f"{root}/{below}")
-        identity = (here.st_dev, here.st_ino)
-        if identity in parents:
-            return False
-        with os.scandir(f"{root}/{below}") as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                suffix = os.path.splitext(entry.name)[1].lower()
-                if entry.is_dir():
-                    folders.append(f"{below}{entry.name}/")
-                elif not entry.is_file() and not entry.is_symlink():
-                    other = True  # a pipe or socket: reading it could wait for ever
-                elif suffix in IMAGE_SUFFIXES:  # a broken link too: it is met, and named, as a bad image
-                    names.append(below + entry.name)
-                elif suffix == ".tar":
-                    shards.append(below + entry.name)
-                else:
-                    other = True
-    except OSError as error:
-        unreadable[below] = error.strerror or type(error).__name__
-        return other
-    for folder in folders:
-        other |= _list_folder(root, folder, names, shards, unreadable, (*parents, identity))
-    return other
+def _keep_classes(listing: "_Listing") -> None:
+    """What only its first bytes, or pillow-heif, make an image does not cost the folders beside it their labels."""
+    beside = [name for name in listing.names if "/" not in name]
+    if not beside or any(suffix_of(name) in IMAGE_SUFFIXES for name in beside):
+        return
+    inside = [name for name in listing.names if "/" in name]
+    if inside and by_folder(inside).numbers is not None:
+        listing.names = inside
+        for name in beside:
+            listing.passed_over.add(suffix_of(name) or NO_SUFFIX, name)
+
+
+class _Listing:
+    """What lies below a folder: `names` of images, `shards`, what is `passed_over`, and folders that are `unreadable`,
+    name → reason."""
+
+    def __init__(self, root: str, rules: Rules) -> None:
+        self.names: list[str] = []
+        self.shards: list[str] = []
+        self.unreadable: dict[str, str] = {}
+        self.passed_over = PassedOver()
+        self._root = root
+        self._rules = rules
+        self._without_suffix: list[str] = []
+        self._linked: set[tuple[int, int]] = set()  # device and inode of what links with the suffix of an image lead to
+        self._list("", ())
+        self._look_inside()
+
+    def _list(self, below: str, parents: tuple[tuple[int, int], ...]) -> None:
+        """`parents`: device and inode of the folders on the way here, so that a link to one of them does not go round
+        for ever."""
+        folders: list[str] = []
+        try:
+            here = os.stat(f"{self._root}/{below}")
+            identity = (here.st_dev, here.st_ino)
+            if identity in parents:
+                return
+            with os.scandir(f"{self._root}/{below}") as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        if not is_rubbish(entry.name):
+                            self.passed_over.add(HIDDEN, below + entry.name)
+                    elif entry.is_dir():
+                        if is_tool_folder(entry.name) and not self._rules.tools:
+                            self.passed_over.add(f"{entry.name}/", f"{below}{entry.name}/")
+                        else:
+                            folders.append(f"{below}{entry.name}/")
+                    else:
+                        self._file(below, entry)
+        except OSError as error:
+            self.unreadable[below] = error.strerror or type(error).__name__
+            return
+        for folder in folders:
+            self._list(folder, (*parents, identity))
+
+    def _file(self, below: str, entry: os.DirEntry[str]) -> None:
+        suffix = os.path.splitext(entry.name)[1].lower()
+        is_file = entry.is_file()
+        if not is_file and not entry.is_symlink():
+            self.passed_over.add(NO_FILE, below + entry.name)  # reading it could wait for ever
+        elif self._rules.takes(suffix):  # a broken link too: it is met, and named, as a bad image
+            self.names.append(below + entry.name)
+            if is_file and entry.is_symlink():
+                status = entry.stat()
+                self._linked.add((status.st_dev, status.st_ino))
+        elif suffix == ".tar":
+            self.shards.append(below + entry.name)
+        elif not is_rubbish(entry.name):
+            kind = suffix_of(entry.name)
+            if not kind and is_file and self._rules.first_bytes:
+                self._without_suffix.append(below + entry.name)
+            else:
+                self.passed_over.add(kind or NO_SUFFIX, below + entry.name)
+
+    def _look_inside(self) -> None:
+        """Which files without a suffix are images."""
+        names = self._without_suffix
+        if not names:
+            return
+        step = 1 + len(names) // 256
+        with ThreadPoolExecutor(16) as pool:  # a network file system answers many questions at once
+            parts = pool.map(self._kinds, (names[first : first + step] for first in range(0, len(names), step)))
+            kinds = [kind for part in parts for kind in part]
+        for name, kind in zip(names, kinds, strict=True):
+            if kind:
+                self.passed_over.add(kind, name)
+            elif kind is not None:
+                self.names.append(name)
+
+    def _kinds(self, names: list[str]) -> list[str | None]:
+        return [self._kind(name) for name in names]
+
+    def _kind(self, name: str) -> str | None:
+        """As what it is passed over: "" for an image; None for one to which a link has led already."""
+        try:
+            with open(os.open(f"{self._root}/{name}", os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
+                status = os.fstat(file.fileno())
+                if (status.st_dev, status.st_ino) in self._linked:
+                    return None
+                return kind_by_start(file.read(START), self._rules)
+        except OSError:
+            return NO_SUFFIX

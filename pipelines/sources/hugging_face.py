@@ -34,11 +34,14 @@ class HuggingFaceSource(ImageSource):
         if len(dataset) == 0:
             raise DataError(f"{name}: expected images, it has no rows")
         super().__init__([f"{row:09d}" for row in range(len(dataset))])
+        self.unlabelled = f"no ClassLabel among its columns {', '.join(dataset.features)}"
         for key, kind in dataset.features.items():
             if isinstance(kind, datasets.ClassLabel):
                 numbers = np.array([-1 if number is None else number for number in dataset[key][:]], np.int64)
                 if (numbers >= 0).all():
-                    self.labels, self.classes = numbers, list(kind.names)
+                    self.labels, self.classes, self.unlabelled = numbers, list(kind.names), ""
+                else:
+                    self.unlabelled = f"{(numbers < 0).sum():,} of {len(numbers):,} rows have none in the column {key}"
                 break
         encoded = dataset.select_columns([self._column]).cast_column(self._column, datasets.Image(decode=False))
         self._dataset = encoded.with_format(None)

@@ -13,9 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reco_fast.pipelines.pixels import UNSAID, Decoding, Notices
-
-_SUFFIXES = "jpg jpeg jpe jfif png webp bmp dib tif tiff gif ppm pgm pbm pnm jp2 j2k avif"
-IMAGE_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
+from reco_fast.pipelines.sources.kinds import PassedOver
 
 
 class PackedNames(Sequence[str]):
@@ -68,8 +66,12 @@ class ImageSource(ABC):
     """[len] class numbers, or None where the images have no classes."""
     classes: list[str]
     """Class names by number; empty without labels."""
+    unlabelled: str
+    """Why there are no labels, such as "all 20 lie in one folder"; empty where there are."""
     unreadable: dict[str, str]
     """Folders and shards that could not be listed to their end: name → reason."""
+    passed_over: PassedOver
+    """What lies among the images and is not taken."""
     known_bad: dict[int, str]
     """Images that loaders leave out unread: index → reason."""
     journal: Path | None
@@ -83,11 +85,14 @@ class ImageSource(ABC):
         self.names = PackedNames(names)
         self.labels = None
         self.classes = []
+        self.unlabelled = "nothing says of which class an image is"
         self.unreadable = {}
+        self.passed_over = PassedOver()
         self.known_bad = {}
         self.journal = None
         self.decoding = UNSAID
         self.notices = Notices()
+        self._fingerprint = ""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -107,7 +112,9 @@ class ImageSource(ABC):
 
     def fingerprint(self) -> str:
         """A hash of all names and sizes, 32 hexadecimal digits: equal only for the same data in the same order."""
-        return hashlib.sha256(self.names.digest() + self.sizes().tobytes()).hexdigest()[:32]
+        if not self._fingerprint:
+            self._fingerprint = hashlib.sha256(self.names.digest() + self.sizes().tobytes()).hexdigest()[:32]
+        return self._fingerprint
 
 
 def stamp_of(path: str) -> tuple[int, int]:

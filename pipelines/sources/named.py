@@ -137,7 +137,7 @@ class PixelSource(ImageSource):
         elif split in data_set.label_files:
             self.labels = np.fromfile(root / data_set.label_files[split], np.uint8).astype(np.int64) - 1
         if self.labels is not None:
-            self.classes = list(data_set.classes)
+            self.classes, self.unlabelled = list(data_set.classes), ""
 
     def read(self, index: int) -> bytes:
         file = self._file(index)

@@ -10,13 +10,14 @@ from pathlib import Path
 from reco_fast.errors import DataError
 from reco_fast.pipelines.sources.folders import open_folder
 from reco_fast.pipelines.sources.image_source import ImageSource
+from reco_fast.pipelines.sources.kinds import NOW, Rules
 from reco_fast.pipelines.sources.shards import TarSource
 
 
-def open_source(path: str | os.PathLike[str]) -> ImageSource:
+def open_source(path: str | os.PathLike[str], rules: Rules = NOW) -> ImageSource:
     """Open a folder of images, a `.tar` file, a folder of `.tar` files, or a pattern of them such as
     `train-{0000..0127}.tar` or `train-*.tar`; `hf:NAME[:SPLIT]` of Hugging Face; or, where nothing has this path,
-    `cifar10[:test]` or `stl10[:test|:unlabeled]`.
+    `cifar10[:test]` or `stl10[:test|:unlabeled]`. `rules`: what of a folder or a shard is an image.
 
     Raises:
         DataError: there is nothing at `path`, or no image in it.
@@ -28,11 +29,11 @@ def open_source(path: str | os.PathLike[str]) -> ImageSource:
         return open_hugging_face(text.removeprefix("hf:"))
     place = Path(text).expanduser()
     if place.is_dir():
-        return open_folder(place)
+        return open_folder(place, rules)
     if place.is_file():
         if place.suffix.lower() != ".tar":
             raise DataError(f"{text}: expected a folder of images or uncompressed .tar shards, got a file")
-        return TarSource([place])
+        return TarSource([place], rules=rules)
     if has_magic(text) or re.search(r"\{.*\}", text):
         shards = sorted(_expand(os.path.expanduser(text)))
         if not shards:
@@ -40,7 +41,7 @@ def open_source(path: str | os.PathLike[str]) -> ImageSource:
         for shard in shards:
             if not shard.is_file():
                 raise DataError(f"{shard}: expected a .tar file, there is none")
-        return TarSource(shards)
+        return TarSource(shards, rules=rules)
     from reco_fast.pipelines.sources.named import DATA_SETS, open_named
 
     name, _, split = text.partition(":")

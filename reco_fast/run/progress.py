@@ -32,6 +32,12 @@ class Run:
     epoch_steps: float
 
     @property
+    def sources(self) -> list[ImageSource]:
+        """Of training and evaluation, each once."""
+        apart = [] if self.labelled is None else [self.labelled.train, self.labelled.val]
+        return [self.source, *(source for source in apart if source is not self.source)]
+
+    @property
     def total_steps(self) -> int:
         """Of the schedule."""
         return max(1, round(self.config.train.epochs * self.epoch_steps))

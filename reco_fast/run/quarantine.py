@@ -30,6 +30,8 @@ def prepare(folder: Path, data: DataConfig, source: ImageSource, labelled: Label
     Raises ConfigError for a manifest or a quarantine.json that cannot be read.
     """
     sources = {"train": source} if labelled is None else {"train": source, "val": labelled.val}
+    if labelled is not None and labelled.train is not source:
+        sources["eval"] = labelled.train
     lines = leave_out(folder, data.loader, sources)
     if data.manifest is not None:
         bad = read_manifest(data.manifest, source)

@@ -39,6 +39,12 @@ CHARTS = {
 }
 
 
+def say(line: str) -> None:
+    """Print a line, unless it is empty; what file names bring along does not reach the terminal."""
+    if line:
+        print(one_line(line).encode("utf-8", "backslashreplace").decode(), flush=True)
+
+
 class RunLog:
     """Writes to a run folder, and calls `on_metrics` with each line of metrics.jsonl. Without a folder (on ranks other
     than 0) every call does nothing.

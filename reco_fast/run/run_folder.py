@@ -121,7 +121,10 @@ def same_images(before: str | None, source: ImageSource, path: Path | None) -> s
     stream mean something only for the same files in the same order."""
     fingerprint = source.fingerprint()
     if before not in (None, fingerprint):
-        raise ConfigError(f"--data.path: expected the images that this run began with, {path} holds others now")
+        seen = source.passed_over.line()
+        raise ConfigError(
+            f"--data.path: expected the images that this run began with, {path} holds others now{seen and f' ({seen})'}"
+        )
     return fingerprint
 
 

@@ -39,7 +39,7 @@ class DataConfig:
     path: Path | None = None
     """Training images, without labels: a folder at any depth, .tar shards, cifar10, stl10:unlabeled, hf:NAME."""
     val_path: Path | None = None
-    """Held-out images by class for the kNN evaluation; --data.path must then be by class too."""
+    """Held-out images by class for the kNN evaluation; --data.path, or --eval.train-path, must then be by class too."""
     manifest: Path | None = None
     """What reco_fast.check_images found in --data.path: its bad images are left out unread."""
     generated: bool = False
@@ -181,6 +181,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
+    train_path: Path | None = None
+    """Images by class for the kNN evaluation's neighbours, where --data.path has no labels; with --data.val-path."""
     every: float = 10.0
     """Epochs between kNN evaluations; there is always one before the first step and one at the end."""
     knn_k: int = 200

@@ -24,7 +24,7 @@ from reco_fast.evaluate import Extracted
 from reco_fast.evaluation import classifiers, pictures
 from reco_fast.evaluation.features import Features, extract_features, knn_top1, linear_top1
 from reco_fast.pipelines.sources.open import open_source
-from reco_fast.settings.config import DataConfig
+from reco_fast.settings.config import Config, DataConfig
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.005])
@@ -292,7 +292,8 @@ def test_without_labels_there_are_neighbours_and_a_map(
     ],
 )
 def test_which_images_are_taken(given: dict[str, Path], expected: tuple[str, str | None]) -> None:
-    chosen = evaluate.chosen_data(DataConfig(**given), DataConfig(path=Path("a"), val_path=Path("b")))
+    run = Config(data=DataConfig(path=Path("a"), val_path=Path("b")))
+    chosen, _ = evaluate.chosen_data(DataConfig(**given), run)
     assert (str(chosen.path), chosen.val_path and str(chosen.val_path)) == expected
 
 
