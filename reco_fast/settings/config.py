@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="DataclassInstance")
 GONE = {"train": {"convolution"}}
 """Settings that earlier versions wrote and that change nothing that a run learns, by section."""
+NEW = {"eval": {"train_path"}}
+"""Settings that earlier versions did not write: their runs have the default."""
 
 _MOST_COUNT = 2**40  # far above what is useful, far below what overflows
 
@@ -274,7 +276,9 @@ def updated(base: T, values: object, *, whole: bool = False) -> T:
     sections: dict[str, Any] = {}
     for name in kinds if whole else set(kinds) & set(values):
         given = {key: value for key, value in values.get(name, {}).items() if key not in GONE.get(name, ())}
-        before = {} if whole else dataclasses.asdict(getattr(base, name))
+        before = dataclasses.asdict(getattr(base, name))
+        if whole:
+            before = {key: before[key] for key in NEW.get(name, ())}
         try:
             sections[name] = as_dataclass(kinds[name], _jsonable(before | given))
         except ValueError as error:
