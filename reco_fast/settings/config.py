@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="DataclassInstance")
 GONE = {"train": {"convolution"}}
 """Settings that earlier versions wrote and that change nothing that a run learns, by section."""
-NEW = {"data": {"background", "range"}}
+NEW = {"data": {"background", "range"}, "eval": {"train_path"}}
 """Settings that earlier versions did not write: their runs have the default."""
 
 _MOST_COUNT = 2**40  # far above what is useful, far below what overflows
