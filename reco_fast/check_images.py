@@ -21,11 +21,11 @@ from reco_fast.pipelines.sources.open import open_source
 from reco_fast.run.files import write_text
 from reco_fast.run.quarantine import manifest_line, manifest_lines
 from reco_fast.settings import command_line
-from reco_fast.settings.typed import one_line
+from reco_fast.settings.typed import WithPaths, one_line
 
 
 @dataclass(frozen=True)
-class CheckCommand:
+class CheckCommand(WithPaths):
     path: tyro.conf.Positional[Path]
     """A folder at any depth, or WebDataset .tar shards."""
     output: Path
@@ -36,6 +36,7 @@ class CheckCommand:
     """Processes; 0 means one for each core."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.workers <= 256:
             raise ConfigError(f"--workers: expected a number from 0 to 256, got {self.workers}")
 

@@ -25,6 +25,7 @@ from torch import nn
 from reco_fast.data import loader_workers, open_evaluation_loader
 from reco_fast.errors import ConfigError
 from reco_fast.evaluation.embedding_files import Part, Parts, name_bad_images, write_npz, write_parquet, write_projector
+from reco_fast.method.model import channels_last
 from reco_fast.method.state import pick_device, pick_precision
 from reco_fast.pipelines.order import EvaluationOrder
 from reco_fast.pipelines.sources.image_source import ImageSource
@@ -35,12 +36,13 @@ from reco_fast.run.report import progress
 from reco_fast.run.run_folder import load_run
 from reco_fast.settings import command_line
 from reco_fast.settings.config import DataConfig
+from reco_fast.settings.typed import WithPaths, at_home
 
 PART_SECONDS = 30.0  # of work that an interruption loses at most
 
 
 @dataclass(frozen=True)
-class ImagesConfig:
+class ImagesConfig(WithPaths):
     path: Path | None = None
     """A folder at any depth, WebDataset .tar shards, cifar10:test or hf:NAME."""
     loader: Literal["auto", "dali", "torch"] = "auto"
@@ -52,7 +54,7 @@ class ImagesConfig:
 
 
 @dataclass(frozen=True)
-class EmbedCommand:
+class EmbedCommand(WithPaths):
     run_dir: tyro.conf.Positional[Path]
     """Folder of a run."""
     output: Path
@@ -67,6 +69,7 @@ class EmbedCommand:
     """New folder for TensorBoard's Projector: features and thumbnails of at most 5,000 images."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.batch_size < 1:
             raise ConfigError(f"--batch-size: expected 1 or more, got {self.batch_size}")
 
@@ -102,7 +105,7 @@ def opened(run_dir: Path, images: ImagesConfig, which: str, batch_size: int, dev
         raise ConfigError("--data.path: expected a folder of images or .tar shards, got nothing")
     config, encoder = load_run(run_dir, which)
     device = pick_device(device_name, "--device")
-    backbone = encoder.get_submodule("backbone").eval().to(device).to(memory_format=torch.channels_last)
+    backbone = channels_last(encoder.get_submodule("backbone").eval().to(device))
     data = dataclasses.replace(config.data, **dataclasses.asdict(images))
     precision = pick_precision(config.train.precision, device)
     return Work(backbone, open_source(images.path), data, batch_size, device, precision)
@@ -125,7 +128,7 @@ def embed_images(
     device: Literal["auto", "cuda", "cpu"] = "auto",
 ) -> Embedded:
     """What the command writes, as an array. Raises ConfigError or DataError."""
-    work = opened(Path(run_dir), ImagesConfig(path=Path(images)), which, batch_size, device)
+    work = opened(at_home(run_dir), ImagesConfig(path=Path(images)), which, batch_size, device)
     with tempfile.TemporaryDirectory() as folder:
         parts = Parts(Path(folder), work.fingerprint())
         compute(work, parts)

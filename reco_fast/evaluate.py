@@ -22,6 +22,7 @@ from reco_fast.data import LabelledData, open_labelled
 from reco_fast.errors import ConfigError
 from reco_fast.evaluation import classifiers, pictures
 from reco_fast.evaluation.features import features_of
+from reco_fast.method.model import channels_last
 from reco_fast.method.state import pick_device
 from reco_fast.pipelines.sources.image_source import ImageSource
 from reco_fast.pipelines.sources.open import open_source
@@ -31,13 +32,14 @@ from reco_fast.run.report import progress
 from reco_fast.run.run_folder import load_run
 from reco_fast.settings import command_line
 from reco_fast.settings.config import Config, DataConfig
+from reco_fast.settings.typed import WithPaths
 
 SWEEP_K = (1, 5, 10, 20, 50, 100, 200, 500)
 SWEEP_TEMPERATURES = (0.03, 0.07, 0.1, 0.2, 1.0)
 
 
 @dataclass(frozen=True)
-class EvaluateCommand:
+class EvaluateCommand(WithPaths):
     run_dir: tyro.conf.Positional[Path]
     """Folder of a run."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -80,7 +82,7 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
     folder = command.run_dir / "evaluation"
     clear_pictures(folder)
 
-    backbone = encoder.get_submodule("backbone").to(device).to(memory_format=torch.channels_last)
+    backbone = channels_last(encoder.get_submodule("backbone").to(device))
     train = Extracted.of(source, backbone, config, device)
     fill = spread(train.features)
     print(

@@ -86,7 +86,8 @@ def train(config: Config, name: str = "run", on_metrics: Callable[[dict[str, Any
                 checkpoint.Writer(folder / "checkpoints") as writer,
                 distributed.StopRequest() as stop,
             ):
-                for line in (introduction(run, state), *left_out):
+                notes = [] if state.student.note is None else [state.student.note]
+                for line in (introduction(run, state), *notes, *left_out):
                     log.say(line)
                 if labelled is None:
                     log.say("no --data.val-path with images by class: no kNN evaluation, only losses")

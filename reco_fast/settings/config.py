@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import tyro
 
 from reco_fast.errors import ConfigError
-from reco_fast.settings.typed import as_dataclass
+from reco_fast.settings.typed import WithPaths, as_dataclass
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -31,7 +31,7 @@ def _require(ok: bool, flag: str, value: object, expected: str) -> None:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(WithPaths):
     path: Path | None = None
     """Training images, without labels: a folder at any depth, .tar shards, cifar10, stl10:unlabeled, hf:NAME."""
     val_path: Path | None = None
@@ -50,6 +50,7 @@ class DataConfig:
     """skip replaces a file that cannot be decoded by another image and lists it in bad_images.txt."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(16 <= self.image_size <= 1024, "data.image-size", self.image_size, "a size from 16 to 1024")
         _require(0 <= self.workers <= 256, "data.workers", self.workers, "a number from 0 to 256")
 
@@ -182,7 +183,7 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(WithPaths):
     dir: Path | None = None
     """Run folder; unless given, runs/PRESET, or the next free runs/PRESET-2, ... where that one is finished."""
     resume: Literal["auto", "never"] = "auto"
@@ -197,6 +198,7 @@ class RunConfig:
     """Weights & Biases project to which the TensorBoard scalars and pictures go as well."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(self.log_every >= 1, "run.log-every", self.log_every, "1 or more")
         _require(self.checkpoint_minutes > 0, "run.checkpoint-minutes", self.checkpoint_minutes, "a number above 0")
         ok = self.checkpoint_steps is None or self.checkpoint_steps >= 1
