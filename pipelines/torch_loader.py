@@ -137,9 +137,11 @@ def _own_sigchld() -> Iterator[None]:
 def _stand_apart(_: int) -> None:
     """A forked worker inherits the garbage of its parent; to collect a DALI pipeline there would hang. And what is sent
     to the parent's process group (Ctrl-C, torchrun's SIGTERM) is for the parent, which still needs batches until it
-    has saved."""
+    has saved. Slurm's SIGUSR1 and a closed terminal's SIGHUP may reach each process of a job."""
     gc.freeze()
     os.setpgid(0, 0)
+    for number in (signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Pixels(NamedTuple):

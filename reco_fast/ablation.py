@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-
 from reco_fast.data import open_data
 from reco_fast.errors import ConfigError
 from reco_fast.evaluation.features import labelled_features, linear_top1
@@ -28,6 +27,7 @@ from reco_fast.run.files import parse_json, read_text, write_text
 from reco_fast.run.run_folder import load_run
 from reco_fast.settings import command_line
 from reco_fast.settings.config import Config
+from reco_fast.settings.terminal import say
 from reco_fast.settings.typed import WithPaths
 from reco_fast.train import train
 
@@ -139,16 +139,16 @@ def ablate(preset: str, command: AblationConfig) -> int:
                 if any(line["run"] == variant.name(seed) for line in results):
                     check_same_settings(config)
                     continue
-                print(f"{TITLES[variant.method]}, lr {variant.lr:g}, {variant.epochs} epochs, seed {seed}", flush=True)
+                say(f"{TITLES[variant.method]}, lr {variant.lr:g}, {variant.epochs} epochs, seed {seed}")
                 train(config, preset)
                 outcome = judged(config)
                 if outcome is None:
-                    print(f"stopped; the same command goes on in {folder}", flush=True)
+                    say(f"stopped; the same command goes on in {folder}")
                     return 0
                 results.append({**dataclasses.asdict(variant), "seed": seed, **outcome, "run": variant.name(seed)})
                 write_text(folder / "ablation.jsonl", "".join(json.dumps(line) + "\n" for line in results))
                 write_text(folder / "ablation.md", table(results))
-    print(table(results), end="")
+    say(table(results).rstrip("\n"))
     draw_curves(folder, results)
     return 0
 
@@ -226,7 +226,7 @@ def draw_curves(folder: Path, results: list[dict[str, Any]]) -> None:
     try:
         import matplotlib
     except ImportError:
-        print("the learning curves need matplotlib; pip install 'reco-fast[profile]'")
+        say("the learning curves need matplotlib; pip install 'reco-fast[profile]'")
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot

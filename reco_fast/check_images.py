@@ -21,7 +21,8 @@ from reco_fast.pipelines.sources.open import open_source
 from reco_fast.run.files import write_text
 from reco_fast.run.quarantine import manifest_line, manifest_lines
 from reco_fast.settings import command_line
-from reco_fast.settings.typed import WithPaths, one_line
+from reco_fast.settings.terminal import say
+from reco_fast.settings.typed import WithPaths, one_line, shell_word
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,15 @@ def check(command: CheckCommand) -> int:
     ):
         reasons[index] = reason
         if reason is not None:
-            print(one_line(f"{source.names[index]}: {reason}").encode("utf-8", "backslashreplace").decode())
+            say(one_line(f"{source.names[index]}: {reason}"))
         if done % 10_000 == 0 or done == len(todo):
-            print(f"{done:,} of {len(todo):,} images, {done / (time.monotonic() - started):.0f} img/s", flush=True)
+            say(f"{done:,} of {len(todo):,} images, {done / (time.monotonic() - started):.0f} img/s")
     write_text(
         command.output, "".join(manifest_line(name, stamps[i], reasons[i]) for i, name in enumerate(source.names))
     )
     bad = sum(reason is not None for reason in reasons.values())
-    print(f"{command.output}: {len(source):,} images, {bad:,} of them bad; train with --data.manifest {command.output}")
+    manifest = shell_word(command.output)
+    say(f"{command.output}: {len(source):,} images, {bad:,} of them bad; train with --data.manifest {manifest}")
     return 0
 
 

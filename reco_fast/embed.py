@@ -36,6 +36,7 @@ from reco_fast.run.report import progress
 from reco_fast.run.run_folder import load_run
 from reco_fast.settings import command_line
 from reco_fast.settings.config import DataConfig
+from reco_fast.settings.terminal import say
 from reco_fast.settings.typed import WithPaths, at_home
 
 PART_SECONDS = 30.0  # of work that an interruption loses at most
@@ -155,10 +156,10 @@ def embed(command: EmbedCommand) -> int:
     with whole_file(command.output) as path:
         (write_npz if command.output.suffix == ".npz" else write_parquet)(path, found, source)
     parts.remove()
-    print(f"{command.output}: {len(found.features):,} × {found.features.shape[1]} features of the {command.which}")
+    say(f"{command.output}: {len(found.features):,} × {found.features.shape[1]} features of the {command.which}")
     rate, waited = meter.read()
     if rate:  # else all was done before an interruption
-        print(f"{rate:.0f} images/s, {100 * waited:.0f} % of the time waiting for images")
+        say(f"{rate:.0f} images/s, {100 * waited:.0f} % of the time waiting for images")
     name_bad_images(Path(f"{command.output}.bad_images.txt"), found.bad)
     if command.projector is not None:
         write_projector(command.projector, found, source, workers=loader_workers(work.data))

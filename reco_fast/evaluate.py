@@ -26,12 +26,15 @@ from reco_fast.method.model import channels_last
 from reco_fast.method.state import pick_device
 from reco_fast.pipelines.sources.image_source import ImageSource
 from reco_fast.pipelines.sources.open import open_source
+from reco_fast.run import checkpoint
 from reco_fast.run.diagnostics import spread
 from reco_fast.run.files import write_json, write_text
+from reco_fast.run.places import is_there, located, same_place
 from reco_fast.run.report import progress
 from reco_fast.run.run_folder import load_run
 from reco_fast.settings import command_line
 from reco_fast.settings.config import Config, DataConfig
+from reco_fast.settings.terminal import say
 from reco_fast.settings.typed import WithPaths
 
 SWEEP_K = (1, 5, 10, 20, 50, 100, 200, 500)
@@ -73,11 +76,20 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
         raise ConfigError("WORLD_SIZE: expected one process, without torchrun, got more")
     config, encoder = load_run(command.run_dir, command.which)
     device = pick_device(command.device, "--device")
-    config = dataclasses.replace(config, data=chosen_data(command.data, config.data))
-    path, val_path = config.data.path, config.data.val_path
+    run = located(config.data, command.run_dir)
+    path = command.data.path or run.path
     if path is None:
         raise ConfigError("--data.path: expected images to evaluate with, got nothing")
     source = open_source(path)
+    own = command.data.path is not None and run.val_path is not None and command.data.val_path is None
+    if own and not same_place(path, run.path):
+        own = (
+            run.val_path is not None
+            and is_there(run.val_path)
+            and source.fingerprint() == checkpoint.fingerprint(command.run_dir / "checkpoints")
+        )
+    config = dataclasses.replace(config, data=chosen_data(command.data, run, own=own))
+    val_path = config.data.val_path
     labelled = open_labelled(source, val_path) if val_path is not None else None
     folder = command.run_dir / "evaluation"
     clear_pictures(folder)
@@ -85,16 +97,15 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
     backbone = channels_last(encoder.get_submodule("backbone").to(device))
     train = Extracted.of(source, backbone, config, device)
     fill = spread(train.features)
-    print(
+    say(
         f"{len(source):,} images, {train.features.shape[1]} features: effective rank {fill.rank:.1f}, "
         f"norm of the mean {fill.mean_norm:.2f}",
-        flush=True,
     )
     result: dict[str, Any] = {"which": command.which, "knn_top1": None, "linear_top1": None, "linear_c": None}
     result |= {"path": str(path), "val_path": None if val_path is None else str(val_path)}
     result |= {"images": len(source), **{f"backbone_{name}": value for name, value in fill._asdict().items()}}
     if labelled is None:
-        print("no --data.val-path, so no kNN and no linear probe: those need held-out images in one folder a class")
+        say("no --data.val-path, so no kNN and no linear probe: those need held-out images in one folder a class")
         shown = train
     else:
         shown = Extracted.of(labelled.val, backbone, config, device)
@@ -103,18 +114,19 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
         picture_neighbours(folder, shown, train)
         picture_map(folder, shown)
         names = sorted(name for name in pictures.PICTURES if (folder / name).exists())
-        print(f"pictures: {folder}/{{{','.join(names)}}}")
+        say(f"pictures: {folder}/{{{','.join(names)}}}")
     else:
-        print("pictures need matplotlib: pip install 'reco-fast[evaluate]'")
+        say("pictures need matplotlib: pip install 'reco-fast[evaluate]'")
     write_json(command.run_dir / "evaluation.json", result)
     return result
 
 
-def chosen_data(given: DataConfig, run: DataConfig) -> DataConfig:
-    """The run's images unless others are given; the run's held-out ones only beside the run's own."""
-    path, val_path = given.path, given.val_path
-    if path is None or path == run.path:
-        path, val_path = run.path, val_path or run.val_path
+def chosen_data(given: DataConfig, run: DataConfig, *, own: bool = False) -> DataConfig:
+    """The run's images unless others are given; the run's held-out ones only beside the run's own, which may lie
+    elsewhere now (`own`)."""
+    path, val_path = given.path or run.path, given.val_path
+    if given.path is None or own or same_place(given.path, run.path):
+        val_path = val_path or run.val_path
     return dataclasses.replace(
         run, path=path, val_path=val_path, loader=given.loader, workers=given.workers, on_bad_image=given.on_bad_image
     )
@@ -142,14 +154,13 @@ def classify(train: Extracted, val: Extracted, data: LabelledData, config: Confi
     sweep = classifiers.knn_sweep(found, labels, count, truth, ks, temperatures)
     knn = classifiers.knn_scores(found, labels, count, k=k, temperature=temperature)
     low, high = (limit(entry["top1"] for entry in sweep) for limit in (min, max))
-    print(
+    say(
         f"kNN {top_text(knn, truth)} (cosine, k = {k}, τ = {temperature:g}; "
         f"{low:.2f} to {high:.2f} % over k = {ks[0]} to {ks[-1]} and τ = {temperatures[0]:g} to {temperatures[-1]:g})",
-        flush=True,
     )
-    probe = classifiers.linear_probe(train.features, labels, count, val.features, lambda line: print(line, flush=True))
+    probe = classifiers.linear_probe(train.features, labels, count, val.features, say)
     chosen = "chosen on a tenth of the training images" if probe.tried else "of so few images not chosen"
-    print(f"linear probe {top_text(probe.scores, truth)} (logistic regression, C = {probe.penalty:g} {chosen})")
+    say(f"linear probe {top_text(probe.scores, truth)} (logistic regression, C = {probe.penalty:g} {chosen})")
 
     scores = {"knn": knn, "linear": probe.scores}
     matrices = {name: classifiers.confusion(each, truth, count).numpy() for name, each in scores.items()}
@@ -227,7 +238,7 @@ def picture_neighbours(folder: Path, queries: Extracted, candidates: Extracted) 
 def picture_map(folder: Path, images: Extracted) -> None:
     rows = evenly(len(images.features), pictures.MAP_POINTS)
     if len(rows) >= 4:  # fewer make no map
-        print(f"map of {len(rows):,} images by t-SNE ...", flush=True)
+        say(f"map of {len(rows):,} images by t-SNE ...")
         labels = images.source.labels
         of_rows = None if labels is None else labels[images.places[rows].numpy()]
         points = pictures.project(images.features[rows].cpu().numpy())

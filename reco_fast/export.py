@@ -25,6 +25,7 @@ from reco_fast.run.files import check_output, whole_file
 from reco_fast.run.run_folder import load_run
 from reco_fast.settings import command_line
 from reco_fast.settings.config import Config
+from reco_fast.settings.terminal import say
 from reco_fast.settings.typed import WithPaths
 
 Format = Literal["safetensors", "torchvision", "timm", "onnx"]
@@ -69,8 +70,8 @@ class Blueprint(NamedTuple):
     def code(self, **extra: str) -> list[str]:
         """The same as Python source; `extra` are more arguments of the constructor, as source."""
         if self.library == "torchvision":
-            options = "".join(f", {key}={value!r}" for key, value in self.options.items())
-            lines = [f"model = torchvision.models.get_model({json.dumps(self.name)}, weights=None{options})"]
+            given = "".join(f", {key}={value!r}" for key, value in self.options.items())
+            lines = [f"model = torchvision.models.get_model({json.dumps(self.name)}, weights=None{given})"]
         else:
             options = {"num_classes": "0", **{k: repr(v) for k, v in self.options.items()}, **extra}
             arguments = ", ".join(f"{key}={value}" for key, value in options.items())
@@ -178,7 +179,7 @@ def export(command: ExportCommand) -> int:
         else:
             torch.save(tensors, output)
         card_output.write_text(card, encoding="utf-8")
-    print(f"{command.output}: backbone of the {command.which}, {config.model.arch}; {card_path} says how to load it")
+    say(f"{command.output}: backbone of the {command.which}, {config.model.arch}; {card_path} says how to load it")
     return 0
 
 

@@ -72,7 +72,7 @@ def supervised(config: Config, device: torch.device) -> Contestant:
     """The same backbone, precision, memory format, optimizer and compiler; a linear layer and labels instead."""
     encoder = build_encoder(config.model, config.data.image_size)
     model = nn.Sequential(encoder.backbone, nn.Linear(encoder.feature_dim, CLASSES))
-    model = channels_last(model.to(device))
+    channels_last(model.to(device))
     optimizer = build_optimizer(model, config.optim)
     precision = pick_precision(config.train.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)

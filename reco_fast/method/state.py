@@ -150,7 +150,9 @@ def pick_device(name: str, flag: str = "--train.device") -> torch.device:
     number = int(os.environ.get("LOCAL_RANK", "0"))
     ranks, count = max(number + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))), torch.cuda.device_count()
     if ranks > max(1, count):  # on all ranks, so that the first, which speaks, is among them
-        raise ConfigError(f"--nproc-per-node: expected at most the {count} GPUs that can be seen here, got {ranks} ranks")
+        raise ConfigError(
+            f"--nproc-per-node: expected at most the {count} GPUs that can be seen here, got {ranks} ranks"
+        )
     device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = True  # a run's convolutions have the same few shapes at every step

@@ -19,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from reco_fast.errors import ConfigError
 from reco_fast.run.diagnostics import Finding, Spread
 from reco_fast.run.files import parse_json, read_text, write_text
+from reco_fast.settings.terminal import drop_output, say
 from reco_fast.settings.typed import one_line
 
 LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
@@ -52,6 +53,7 @@ class RunLog:
         first_step: int,
         on_metrics: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
+        self.unheard = False  # nobody reads what is printed any more: the run saves itself and ends
         self._directory = directory
         self._on_metrics = on_metrics
         if directory is None:
@@ -79,7 +81,8 @@ class RunLog:
     def __exit__(self, *raised: object) -> None:
         if self._directory is not None:
             if self._progress is not None:
-                self._progress.stop()
+                with self._terminal():
+                    self._progress.stop()
             self._tensorboard.close()
             self._file.close()
 
@@ -88,9 +91,19 @@ class RunLog:
         line = one_line(line).encode("utf-8", "backslashreplace").decode()
         if self._directory is not None:
             if self._progress is not None:
-                self._progress.console.print(line, markup=False, highlight=False)
-            else:
-                print(line, flush=True)
+                with self._terminal():
+                    self._progress.console.print(line, markup=False, highlight=False)
+            elif not say(line):
+                self.unheard = True
+
+    @contextmanager
+    def _terminal(self) -> Iterator[None]:
+        """Around what the bar prints: a terminal that was closed stops it, and nothing else."""
+        try:
+            yield
+        except OSError:
+            self.unheard = True
+            drop_output()
 
     def advance(self, step: int) -> None:
         if self._directory is not None and self._progress is not None:
@@ -247,6 +260,6 @@ def progress(total: int, done: int) -> Iterator[Callable[[int], None]]:
         done += images
         if done == total or time.monotonic() - last > LINE_SECONDS:
             last = time.monotonic()
-            print(f"{done:,} of {total:,} images  {rate()}", flush=True)
+            say(f"{done:,} of {total:,} images  {rate()}")
 
     yield line

@@ -57,7 +57,7 @@ def serve(name: str, kind: type[T], command: Callable[[T], object], description:
 def run(main: Callable[[], object]) -> NoReturn:
     """Call `main` and exit with its status, 0 where it returns none; 2 with one line on stderr (of rank 0) for a user's
     mistake, and for what the machine refuses: a full disk, a missing right, memory; 130 with one for Ctrl-C."""
-    terminal.prepare()
+    terminal.prepare_command()
     terminal.interrupt_as_usual()
     try:
         result = main()

@@ -14,7 +14,18 @@ from pathlib import Path
 from types import FrameType
 
 INTERRUPTED = 128 + signal.SIGINT
-SPELT = {"τ": "tau", "λ": "lambda", "α": "alpha", "×": "x", "·": "*", "−": "-", "–": "-", "→": "->", "≤": "<=", "…": "..."}
+SPELT = {
+    "τ": "tau",
+    "λ": "lambda",
+    "α": "alpha",
+    "×": "x",
+    "·": "*",
+    "−": "-",
+    "–": "-",
+    "→": "->",
+    "≤": "<=",
+    "…": "...",
+}
 SPELT |= {"²": "^2", "³": "^3", "¹": "1", "⁸": "8"}
 
 
@@ -55,7 +66,7 @@ def drop_output() -> None:
     os.close(nowhere)
 
 
-def prepare() -> None:
+def prepare_command() -> None:
     """What every command needs first: output in any encoding, caches that can be written."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a test's or a notebook's may have none

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import shlex
 import types
 import typing
 from pathlib import Path
@@ -30,6 +31,14 @@ class WithPaths:
         for name, value in vars(self).items():
             if isinstance(value, Path):
                 object.__setattr__(self, name, at_home(value))  # they are frozen
+
+
+def shell_word(path: Path | str | None) -> str:
+    """`path` as a word of a command that somebody copies: quoted where a shell would take it apart."""
+    text = os.fspath(path or "")
+    # A quoted ~ stays as it is; control characters and stray bytes are for $'…' alone.
+    plain = text.isprintable()
+    return shlex.quote(text) if plain else "$" + repr(os.fsencode(text))[1:]
 
 
 def one_line(text: str) -> str:
