@@ -90,7 +90,7 @@ def _main(output: Any) -> Any:
 
 
 def channels_last(module: nn.Module) -> nn.Module:
-    """`module` itself, its weights [out, in, H, W] channels-last. `Module.to` fails where others have five dimensions."""
+    """`module` itself, its weights [out, in, H, W] channels-last. `Module.to` fails where others have more axes."""
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.dim() == 4:
             tensor.data = tensor.data.to(memory_format=torch.channels_last)
