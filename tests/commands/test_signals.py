@@ -79,7 +79,7 @@ def test_a_run_whose_reader_has_gone_saves_itself(images: Path, tmp_path: Path) 
 
 
 SLOW = {  # a stand-in for a library that takes its time, and that turns an interrupt into another error
-    "torch.py": "import time\nprint('importing', flush=True)\ntry:\n    time.sleep(60)\nexcept BaseException:\n    1 / 0\n"
+    "torch.py": "import time\nprint('importing', flush=True)\ntry: time.sleep(60)\nexcept BaseException: 1 / 0\n"
 }
 
 
