@@ -60,7 +60,7 @@ class ModelConfig:
     arch: str = "resnet18"
     """Any torchvision or timm backbone; "timm/NAME" or "torchvision/NAME" where both have it (torchvision first)."""
     stem: Literal["auto", "small", "standard"] = "auto"
-    """small: 3×3 stride 1 without pooling, for small images; auto: small up to 64 px."""
+    """small: 3×3 stride 1 without pooling, for small images; auto: small up to 64 px, where it fits."""
     projection_dim: int = 128
     """Width D of the embeddings and of the memory banks."""
     key_norm: Literal["batch", "split", "shuffle", "ema"] = "batch"

@@ -46,8 +46,8 @@ codecs.register_error("reco_fast.spelt", _spell)
 
 
 def say(line: str) -> bool:
-    """Print `line` as far as stdout can show it. Returns whether anybody was there to read: where the reader or the
-    terminal has gone, this and all that follows is dropped, and the work goes on."""
+    """Print `line` as far as stdout can show it. Where the reader or the terminal has gone this returns False, once, and
+    all that follows is dropped, so that the work goes on."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
         print(line.encode(encoding, "reco_fast.spelt").decode(encoding), flush=True)
