@@ -46,7 +46,7 @@ codecs.register_error("reco_fast.spelt", _spell)
 
 
 def say(line: str) -> bool:
-    """Print `line` as far as stdout can show it. Where the reader or the terminal has gone this returns False, once, and
+    """Print `line` as far as stdout can show it. Where its reader has gone this returns False, once, and
     all that follows is dropped, so that the work goes on."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
