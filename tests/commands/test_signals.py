@@ -27,6 +27,11 @@ def training(images: Path, folder: Path) -> list[str]:
     return [str(part) for part in (sys.executable, *arguments)]
 
 
+def ignores(process: int, number: signal.Signals) -> bool:
+    (mask,) = (line for line in Path(f"/proc/{process}/status").read_text().splitlines() if line.startswith("SigIgn"))
+    return bool(int(mask.split()[1], 16) >> (number - 1) & 1)
+
+
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGHUP"])
 def test_a_run_saves_itself_and_says_how_to_go_on(name: str, images: Path, tmp_path: Path) -> None:
     folder = tmp_path / "my run"
@@ -39,6 +44,7 @@ def test_a_run_saves_itself_and_says_how_to_go_on(name: str, images: Path, tmp_p
         for shown in running.stdout:
             if shown.startswith("step 2 "):
                 workers = subprocess.check_output(["pgrep", "-P", str(running.pid)], text=True).split()
+                assert all(ignores(int(worker), signal.Signals[name]) for worker in workers)
                 for process in (running.pid, *map(int, workers)):  # Slurm's reaches each process of the job
                     os.kill(process, signal.Signals[name])
                 break

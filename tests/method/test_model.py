@@ -100,6 +100,20 @@ def test_what_fails_in_training_alone_is_found_at_once(monkeypatch: pytest.Monke
         build_encoder(ModelConfig(arch="mine"), 32)
 
 
+def test_what_fails_in_the_backward_pass_alone_is_found_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fails(torch.nn.Conv2d):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            features = super().forward(images).mean((2, 3)).exp()
+            features.detach().mul_(2)  # exp's gradient needs what it was
+            return features
+
+    monkeypatch.setattr("reco_fast.method.model._create", lambda arch, size: Fails(3, 8, 3))
+    with pytest.raises(
+        ConfigError, match=r"--model.arch mine cannot take 32 px images: one of the variables"
+    ):
+        build_encoder(ModelConfig(arch="mine"), 32)
+
+
 def test_weights_of_volumes_are_no_hindrance_to_channels_last() -> None:
     model, data = ModelConfig(arch="timm/lambda_resnet26t", bank_size=8), DataConfig(image_size=64)
     state = build_state(Config(data=data, model=model, train=TrainConfig(batch_size=4)), torch.device("cpu"))
