@@ -177,10 +177,13 @@ def _check_queues(workers: int) -> None:
 
 def _stand_apart(_: int) -> None:
     """A forked worker inherits the garbage of its parent; to collect a DALI pipeline there would hang. What is sent to
-    the parent's process group (Ctrl-C, torchrun's SIGTERM) is for the parent, which still needs batches until it has
-    saved. And of what ends a worker the parent speaks, not PyTorch's handlers."""
+    the parent's process group (Ctrl-C, torchrun's SIGTERM) or to each process of a job (Slurm's SIGUSR1, a closed
+    terminal's SIGHUP) is for the parent, which still needs batches until it has saved. And of what ends a worker the
+    parent speaks, not PyTorch's handlers."""
     gc.freeze()
     os.setpgid(0, 0)
+    for number in (signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     for deadly in (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE):
         signal.signal(deadly, signal.SIG_DFL)
 

@@ -18,7 +18,8 @@ from reco_fast.run.files import parse_json, read_json, read_text, write_text
 from reco_fast.run.run_folder import read_config
 from reco_fast.settings import command_line
 from reco_fast.settings.config import Config
-from reco_fast.settings.typed import one_line
+from reco_fast.settings.terminal import say
+from reco_fast.settings.typed import WithPaths, one_line
 
 Bound = Literal["data", "compute", "memory", "launch", "communication"]
 MATTERS = 0.15  # a share of the step below which another bound is looked for
@@ -210,7 +211,7 @@ def picture(found: Breakdown, logged: list[dict[str, Any]], verdict: Verdict, pa
 
 
 @dataclass(frozen=True)
-class ReportCommand:
+class ReportCommand(WithPaths):
     run_dir: tyro.conf.Positional[Path]
     """Folder of a run with a trace."""
 
@@ -227,9 +228,9 @@ def report(command: ReportCommand) -> int:
     has_dali, ranks = surroundings(run)
     verdict = judge(found, config, has_dali=has_dali, ranks=ranks)
     text = page(run, found, logged, config, verdict)
-    print(text, end="")
     write_text(run / "profile.txt", text)
     picture(found, logged, verdict, run / "profile.png")
+    say(text.rstrip("\n"))
     return 0
 
 

@@ -6,7 +6,7 @@ import sys
 from typing import Any, NoReturn
 
 from reco_fast.errors import ConfigError
-from reco_fast.settings import command_line
+from reco_fast.settings import command_line, terminal
 
 COMMANDS = {  # its module, what it is told as a dataclass of it, and what it does
     "train": ("reco_fast.train", "Config", "train on a folder of images, no labels needed"),
@@ -38,6 +38,7 @@ def door() -> None:
         hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(COMMANDS)}"
         raise ConfigError(f"{name}: unknown command; {hint}")
     sys.argv = [f"reco-fast {name}", *rest]
+    terminal.leave_at_interrupt()
     importlib.import_module(COMMANDS[name][0]).main()
 
 

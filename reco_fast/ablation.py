@@ -16,11 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-
 from reco_fast.data import open_data
 from reco_fast.errors import ConfigError
 from reco_fast.evaluation.features import Features, labelled_features, linear_top1
+from reco_fast.method.model import channels_last
 from reco_fast.method.state import pick_device
 from reco_fast.run import run_folder
 from reco_fast.run.arguments import CONFIG_HELP, preset_and_rest
@@ -28,6 +27,8 @@ from reco_fast.run.files import parse_json, read_text, write_text
 from reco_fast.run.run_folder import load_run
 from reco_fast.settings import command_line
 from reco_fast.settings.config import Config
+from reco_fast.settings.terminal import say
+from reco_fast.settings.typed import WithPaths
 from reco_fast.train import train
 
 # Each method's changes to the configured loss; "both" is the loss as it is configured.
@@ -49,7 +50,7 @@ RESULT = {"method", "lr", "budget", "epochs", "seed", "seconds", "knn_top1", "li
 
 
 @dataclass(frozen=True)
-class AblationOptions:
+class AblationOptions(WithPaths):
     dir: Path = Path("runs/ablation")
     """Folder for the runs and the results."""
     methods: tuple[str, ...] = tuple(METHODS)
@@ -61,6 +62,7 @@ class AblationOptions:
     """Once more with as many epochs for each method as take as long as the slowest."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         unknown = [method for method in self.methods if method not in METHODS]
         if unknown or not self.methods:
             got = unknown[0] if unknown else "nothing"
@@ -137,16 +139,16 @@ def ablate(preset: str, command: AblationConfig) -> int:
                 if any(line["run"] == variant.name(seed) for line in results):
                     check_same_settings(config)
                     continue
-                print(f"{TITLES[variant.method]}, lr {variant.lr:g}, {variant.epochs} epochs, seed {seed}", flush=True)
+                say(f"{TITLES[variant.method]}, lr {variant.lr:g}, {variant.epochs} epochs, seed {seed}")
                 train(config, preset)
                 outcome = judged(config)
                 if outcome is None:
-                    print(f"stopped; the same command goes on in {folder}", flush=True)
+                    say(f"stopped; the same command goes on in {folder}")
                     return 0
                 results.append({**dataclasses.asdict(variant), "seed": seed, **outcome, "run": variant.name(seed)})
                 write_text(folder / "ablation.jsonl", "".join(json.dumps(line) + "\n" for line in results))
                 write_text(folder / "ablation.md", table(results))
-    print(table(results), end="")
+    say(table(results).rstrip("\n"))
     draw_curves(folder, results)
     return 0
 
@@ -184,7 +186,7 @@ def judged(config: Config) -> dict[str, Any] | None:
     assert labelled is not None
     device = pick_device(config.train.device)
     _, encoder = load_run(config.run.dir, "student")
-    backbone = encoder.get_submodule("backbone").to(device).to(memory_format=torch.channels_last)
+    backbone = channels_last(encoder.get_submodule("backbone").to(device))
     features = Features.of(labelled, *labelled_features(backbone, labelled, config, device))
     top1, penalty = linear_top1(features)
     kept = ("steps", "seconds", "knn_top1_initial", "knn_top1")
@@ -225,7 +227,7 @@ def draw_curves(folder: Path, results: list[dict[str, Any]]) -> None:
     try:
         import matplotlib
     except ImportError:
-        print("the learning curves need matplotlib; pip install 'reco-fast[profile]'")
+        say("the learning curves need matplotlib; pip install 'reco-fast[profile]'")
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot

@@ -20,12 +20,13 @@ from reco_fast.pipelines.loader import resolve
 from reco_fast.pipelines.sources.open import open_source
 from reco_fast.run.files import write_text
 from reco_fast.run.quarantine import known_reasons, manifest_line
-from reco_fast.run.report import say
 from reco_fast.settings import command_line
+from reco_fast.settings.terminal import say
+from reco_fast.settings.typed import WithPaths, shell_word
 
 
 @dataclass(frozen=True)
-class CheckCommand:
+class CheckCommand(WithPaths):
     path: tyro.conf.Positional[Path]
     """A folder at any depth, or WebDataset .tar shards."""
     output: Path
@@ -36,6 +37,7 @@ class CheckCommand:
     """Processes; 0 means one for each core."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.workers <= 256:
             raise ConfigError(f"--workers: expected a number from 0 to 256, got {self.workers}")
 
@@ -62,12 +64,13 @@ def check(command: CheckCommand) -> int:
         if reason is not None:
             say(f"{source.names[index]}: {reason}")
         if done % 10_000 == 0 or done == len(todo):
-            print(f"{done:,} of {len(todo):,} images, {done / (time.monotonic() - started):.0f} img/s", flush=True)
+            say(f"{done:,} of {len(todo):,} images, {done / (time.monotonic() - started):.0f} img/s")
     write_text(
         command.output, "".join(manifest_line(name, stamps[i], reasons[i]) for i, name in enumerate(source.names))
     )
     bad = sum(reason is not None for reason in reasons.values())
-    print(f"{command.output}: {len(source):,} images, {bad:,} of them bad; train with --data.manifest {command.output}")
+    manifest = shell_word(command.output)
+    say(f"{command.output}: {len(source):,} images, {bad:,} of them bad; train with --data.manifest {manifest}")
     return 0
 
 

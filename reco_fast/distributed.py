@@ -112,14 +112,17 @@ class Agreement:
 
 
 class StopRequest:
-    """While it is entered, SIGTERM and SIGINT only set `signal_name`; a second SIGINT interrupts at once."""
+    """While it is entered, SIGTERM, SIGINT, SIGUSR1 (Slurm's before a time limit) and SIGHUP (of a terminal that is
+    closed) only set `signal_name`; a second SIGINT interrupts at once. Of the last two, what is ignored, as SIGHUP is
+    under nohup, stays so."""
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
         self._since = 0.0
 
     def __enter__(self) -> "StopRequest":
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        warnings = [s for s in (signal.SIGUSR1, signal.SIGHUP) if signal.getsignal(s) is not signal.SIG_IGN]
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT, *warnings)}
         return self
 
     def __exit__(self, *raised: object) -> None:

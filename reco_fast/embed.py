@@ -26,6 +26,7 @@ from reco_fast.data import loader_workers, open_evaluation_loader, open_images
 from reco_fast.errors import ConfigError
 from reco_fast.evaluation.embedding_files import Part, Parts, name_bad_images, write_npz, write_parquet, write_projector
 from reco_fast.evaluation.features import outputs
+from reco_fast.method.model import channels_last
 from reco_fast.method.state import pick_device, pick_precision
 from reco_fast.pipelines.base import none_good
 from reco_fast.pipelines.order import EvaluationOrder
@@ -34,16 +35,18 @@ from reco_fast.pipelines.sources.labels import BESIDE
 from reco_fast.run import quarantine
 from reco_fast.run.files import check_output, whole_file
 from reco_fast.run.meter import Meter
-from reco_fast.run.report import progress, say, warn_of
+from reco_fast.run.report import progress, warn_of
 from reco_fast.run.run_folder import load_run
 from reco_fast.settings import command_line
 from reco_fast.settings.config import DataConfig
+from reco_fast.settings.terminal import say
+from reco_fast.settings.typed import WithPaths, at_home
 
 PART_SECONDS = 30.0  # of work that an interruption loses at most
 
 
 @dataclass(frozen=True)
-class ImagesConfig:
+class ImagesConfig(WithPaths):
     path: Path | None = None
     """A folder at any depth, WebDataset .tar shards, cifar10:test or hf:NAME."""
     loader: Literal["auto", "dali", "torch"] = "auto"
@@ -64,7 +67,7 @@ class ImagesConfig:
 
 
 @dataclass(frozen=True)
-class EmbedCommand:
+class EmbedCommand(WithPaths):
     run_dir: tyro.conf.Positional[Path]
     """Folder of a run."""
     output: Path
@@ -79,6 +82,7 @@ class EmbedCommand:
     """New folder for TensorBoard's Projector: features and thumbnails of at most 5,000 images."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.batch_size < 1:
             raise ConfigError(f"--batch-size: expected 1 or more, got {self.batch_size}")
 
@@ -114,7 +118,7 @@ def opened(run_dir: Path, images: ImagesConfig, which: str, batch_size: int, dev
         raise ConfigError("--data.path: expected a folder of images or .tar shards, got nothing")
     config, encoder = load_run(run_dir, which)
     device = pick_device(device_name, "--device")
-    backbone = encoder.get_submodule("backbone").eval().to(device).to(memory_format=torch.channels_last)
+    backbone = channels_last(encoder.get_submodule("backbone").eval().to(device))
     data = images.beside(config.data)
     precision = pick_precision(config.train.precision, device)
     return Work(backbone, open_images(images.path, data), data, batch_size, device, precision)
@@ -137,7 +141,7 @@ def embed_images(
     device: Literal["auto", "cuda", "cpu"] = "auto",
 ) -> Embedded:
     """What the command writes, as an array. Raises ConfigError or DataError."""
-    work = opened(Path(run_dir), ImagesConfig(path=Path(images)), which, batch_size, device)
+    work = opened(at_home(run_dir), ImagesConfig(path=Path(images)), which, batch_size, device)
     with tempfile.TemporaryDirectory() as folder:
         parts = Parts(Path(folder), work.fingerprint())
         compute(work, parts)
@@ -175,10 +179,10 @@ def embed(command: EmbedCommand) -> int:
     with whole_file(command.output) as path:
         (write_npz if command.output.suffix == ".npz" else write_parquet)(path, found, source)
     parts.remove()
-    print(f"{command.output}: {len(found.features):,} × {found.features.shape[1]} features of the {command.which}")
+    say(f"{command.output}: {len(found.features):,} × {found.features.shape[1]} features of the {command.which}")
     rate, waited = meter.read()
     if rate:  # else all was done before an interruption
-        print(f"{rate:.0f} images/s, {100 * waited:.0f} % of the time waiting for images")
+        say(f"{rate:.0f} images/s, {100 * waited:.0f} % of the time waiting for images")
     name_bad_images(Path(f"{command.output}.bad_images.txt"), found.bad)
     if command.projector is not None:
         write_projector(command.projector, found, source, workers=loader_workers(work.data))

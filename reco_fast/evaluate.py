@@ -23,23 +23,28 @@ from reco_fast.errors import ConfigError
 from reco_fast.evaluation import classifiers, pictures
 from reco_fast.evaluation.embedding_files import name_bad_images
 from reco_fast.evaluation.features import Extracted, features_of
+from reco_fast.method.model import channels_last
 from reco_fast.method.state import pick_device
 from reco_fast.pipelines.sources.image_source import ImageSource
 from reco_fast.pipelines.sources.labels import BESIDE
-from reco_fast.run import quarantine
+from reco_fast.pipelines.sources.open import open_source
+from reco_fast.run import checkpoint, quarantine
 from reco_fast.run.diagnostics import spread
 from reco_fast.run.files import write_json, write_text
-from reco_fast.run.report import progress, say, warn_of
+from reco_fast.run.places import is_there, located, same_place
+from reco_fast.run.report import progress, warn_of
 from reco_fast.run.run_folder import load_run
 from reco_fast.settings import command_line
 from reco_fast.settings.config import Config, DataConfig
+from reco_fast.settings.terminal import say
+from reco_fast.settings.typed import WithPaths
 
 SWEEP_K = (1, 5, 10, 20, 50, 100, 200, 500)
 SWEEP_TEMPERATURES = (0.03, 0.07, 0.1, 0.2, 1.0)
 
 
 @dataclass(frozen=True)
-class EvaluateCommand:
+class EvaluateCommand(WithPaths):
     run_dir: tyro.conf.Positional[Path]
     """Folder of a run."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -60,7 +65,8 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
         raise ConfigError("WORLD_SIZE: expected one process, without torchrun, got more")
     config, encoder = load_run(command.run_dir, command.which)
     device = pick_device(command.device, "--device")
-    data, flag = chosen_data(command.data, config)
+    run = located(config, command.run_dir)
+    data, flag = chosen_data(command.data, run, own=are_own(command.data, run, command.run_dir))
     config = dataclasses.replace(config, data=data)
     path, val_path = config.data.path, config.data.val_path
     if path is None:
@@ -78,13 +84,12 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
     for line in quarantine.leave_out(folder, config.data.loader, sources):
         say(line)
 
-    backbone = encoder.get_submodule("backbone").to(device).to(memory_format=torch.channels_last)
+    backbone = channels_last(encoder.get_submodule("backbone").to(device))
     train = extracted(source, backbone, config, device)
     fill = spread(train.features)
-    print(
+    say(
         f"{len(train.features):,} images, {train.features.shape[1]} features: effective rank {fill.rank:.1f}, "
         f"norm of the mean {fill.mean_norm:.2f}",
-        flush=True,
     )
     result: dict[str, Any] = {"which": command.which, "knn_top1": None, "linear_top1": None, "linear_c": None}
     result |= {"path": str(path), "val_path": None if val_path is None else str(val_path)}
@@ -95,7 +100,7 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
         **{f"backbone_{name}": value for name, value in fill._asdict().items()},
     }
     if labelled is None:
-        print("no --data.val-path, so no kNN and no linear probe: those need held-out images in one folder a class")
+        say("no --data.val-path, so no kNN and no linear probe: those need held-out images in one folder a class")
         shown = train
     else:
         shown = extracted(labelled.val, backbone, config, device)
@@ -105,9 +110,9 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
         picture_neighbours(folder, shown, train)
         picture_map(folder, shown)
         names = sorted(name for name in pictures.PICTURES if (folder / name).exists())
-        print(f"pictures: {folder}/{{{','.join(names)}}}")
+        say(f"pictures: {folder}/{{{','.join(names)}}}")
     else:
-        print("pictures need matplotlib: pip install 'reco-fast[evaluate]'")
+        say("pictures need matplotlib: pip install 'reco-fast[evaluate]'")
     name_bad_images(folder / "bad_images.txt", bad)
     write_json(command.run_dir / "evaluation.json", result)
     return result
@@ -121,19 +126,30 @@ def extracted(source: ImageSource, backbone: nn.Module, config: Config, device: 
     return found
 
 
-def chosen_data(given: DataConfig, run: Config) -> tuple[DataConfig, str]:
+def are_own(given: DataConfig, run: Config, folder: Path) -> bool:
+    """Whether the images `given` are those that the run in `folder` was trained on, which may lie elsewhere now."""
+    if given.path is None or same_place(given.path, run.data.path):
+        return True
+    val_path = run.data.val_path
+    if given.val_path is not None or val_path is None or not is_there(val_path):  # then nothing depends on it
+        return False
+    return open_source(given.path).fingerprint() == checkpoint.fingerprint(folder / "checkpoints")
+
+
+def chosen_data(given: DataConfig, run: Config, *, own: bool) -> tuple[DataConfig, str]:
     """The run's images unless others are given: those of its evaluation where it has some apart, the held-out ones only
     beside the run's own. And the flag that names the first."""
-    path, val_path, flag = given.path, given.val_path, "--data.path"
     apart = run.eval.train_path
-    if path is None and apart is not None:
-        path, val_path, flag = apart, val_path or run.data.val_path, "--eval.train-path"
-    elif path is None or (path == run.data.path and apart is None):
-        path, val_path = run.data.path, val_path or run.data.val_path
+    path: Path | None
+    if given.path is None and apart is not None:
+        path, flag = apart, "--eval.train-path"
+    else:
+        path, flag = given.path or run.data.path, "--data.path"
+        own = own and (given.path is None or apart is None)
     chosen = dataclasses.replace(
         run.data,
         path=path,
-        val_path=val_path,
+        val_path=given.val_path or (run.data.val_path if own else None),
         loader=given.loader,
         workers=given.workers,
         on_bad_image=given.on_bad_image,
@@ -164,14 +180,13 @@ def classify(train: Extracted, val: Extracted, data: LabelledData, config: Confi
     sweep = classifiers.knn_sweep(found, labels, count, truth, ks, temperatures)
     knn = classifiers.knn_scores(found, labels, count, k=k, temperature=temperature)
     low, high = (limit(entry["top1"] for entry in sweep) for limit in (min, max))
-    print(
+    say(
         f"kNN {top_text(knn, truth)} (cosine, k = {k}, τ = {temperature:g}; "
         f"{low:.2f} to {high:.2f} % over k = {ks[0]} to {ks[-1]} and τ = {temperatures[0]:g} to {temperatures[-1]:g})",
-        flush=True,
     )
-    probe = classifiers.linear_probe(train.features, labels, count, val.features, lambda line: print(line, flush=True))
+    probe = classifiers.linear_probe(train.features, labels, count, val.features, say)
     chosen = "chosen on a tenth of the training images" if probe.tried else "of so few images not chosen"
-    print(f"linear probe {top_text(probe.scores, truth)} (logistic regression, C = {probe.penalty:g} {chosen})")
+    say(f"linear probe {top_text(probe.scores, truth)} (logistic regression, C = {probe.penalty:g} {chosen})")
 
     scores = {"knn": knn, "linear": probe.scores}
     matrices = {name: classifiers.confusion(each, truth, count).numpy() for name, each in scores.items()}
@@ -250,7 +265,7 @@ def picture_neighbours(folder: Path, queries: Extracted, candidates: Extracted) 
 def picture_map(folder: Path, images: Extracted) -> None:
     rows = evenly(len(images.features), pictures.MAP_POINTS)
     if len(rows) >= 4:  # fewer make no map
-        print(f"map of {len(rows):,} images by t-SNE ...", flush=True)
+        say(f"map of {len(rows):,} images by t-SNE ...")
         labels = images.source.labels
         of_rows = None if labels is None else labels[images.places[rows].numpy()]
         points = pictures.project(images.features[rows].cpu().numpy())

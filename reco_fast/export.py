@@ -20,10 +20,13 @@ from torch import Tensor, nn
 
 from reco_fast.errors import ConfigError
 from reco_fast.evaluation.model_card import model_card
+from reco_fast.method.model import torchvision_options
 from reco_fast.run.files import check_output, whole_file
 from reco_fast.run.run_folder import load_run
 from reco_fast.settings import command_line
 from reco_fast.settings.config import Config
+from reco_fast.settings.terminal import say
+from reco_fast.settings.typed import WithPaths
 
 Format = Literal["safetensors", "torchvision", "timm", "onnx"]
 SUFFIXES: dict[str, tuple[str, ...]] = {
@@ -37,7 +40,7 @@ TOLERANCE = 1e-5  # of the rebuilt model's features, relative to the largest
 
 
 @dataclass(frozen=True)
-class ExportCommand:
+class ExportCommand(WithPaths):
     run_dir: tyro.conf.Positional[Path]
     """Folder of a run."""
     format: Format
@@ -67,7 +70,8 @@ class Blueprint(NamedTuple):
     def code(self, **extra: str) -> list[str]:
         """The same as Python source; `extra` are more arguments of the constructor, as source."""
         if self.library == "torchvision":
-            lines = [f"model = torchvision.models.get_model({json.dumps(self.name)}, weights=None)"]
+            given = "".join(f", {key}={value!r}" for key, value in self.options.items())
+            lines = [f"model = torchvision.models.get_model({json.dumps(self.name)}, weights=None{given})"]
         else:
             options = {"num_classes": "0", **{k: repr(v) for k, v in self.options.items()}, **extra}
             arguments = ", ".join(f"{key}={value}" for key, value in options.items())
@@ -79,7 +83,7 @@ class Blueprint(NamedTuple):
 
 def _library_model(library: str, name: str, options: dict[str, Any]) -> nn.Module:
     if library == "torchvision":
-        return torchvision.models.get_model(name, weights=None)
+        return torchvision.models.get_model(name, weights=None, **options)
     return timm.create_model(name, pretrained=False, num_classes=0, **options)
 
 
@@ -100,7 +104,9 @@ def find_blueprint(
     images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     expected = backbone_outputs(backbone, images)
     # Transformers are built for one image size; convolutional nets do not take the argument.
-    candidates: list[dict[str, Any]] = [{}] if library == "torchvision" else [{}, {"img_size": image_size}]
+    candidates: list[dict[str, Any]] = [{}, {"img_size": image_size}]
+    if library == "torchvision":
+        candidates = [torchvision_options(name)]
     for options in candidates:
         try:
             fresh = _library_model(library, name, options)
@@ -173,7 +179,7 @@ def export(command: ExportCommand) -> int:
         else:
             torch.save(tensors, output)
         card_output.write_text(card, encoding="utf-8")
-    print(f"{command.output}: backbone of the {command.which}, {config.model.arch}; {card_path} says how to load it")
+    say(f"{command.output}: backbone of the {command.which}, {config.model.arch}; {card_path} says how to load it")
     return 0
 
 

@@ -36,7 +36,8 @@ from reco_fast.run.report import RunLog, wandb_beside
 from reco_fast.settings import command_line
 from reco_fast.settings.config import Config
 from reco_fast.settings.presets import PRESETS
-from reco_fast.settings.typed import one_line
+from reco_fast.settings.terminal import say
+from reco_fast.settings.typed import one_line, shell_word
 
 SAMPLE = 2048  # training images whose features are looked at where there are no labels
 
@@ -65,23 +66,23 @@ def train(config: Config, name: str = "run", on_metrics: Callable[[dict[str, Any
         loss_runs(config.loss.impl, config.model.projection_dim, device)
         config, source, labelled = open_data(config)
         state = build_state(config, device)
-        folder, resume_from = run_folder.choose(config, name)
+        folder, resume_from = run_folder.choose(config, name, source)
+        writes = distributed.rank() == 0
+        rules = rules_of(checkpoint.fingerprint(folder / "checkpoints"), config, source, device)
+        if rules != NOW:  # the run began when other files counted as images, and goes on with those
+            config, source, labelled = open_data(config, rules)
+        images = run_folder.same_images(folder, config, source) if writes else None
         run = Run(config, source, labelled, folder, epoch_steps=len(source) / config.train.batch_size)
         done = run_folder.finished(folder)
-        writes = distributed.rank() == 0
         if done is not None and isinstance(done.get("steps"), int) and done["steps"] >= run.stop_at:
             if writes:
-                print(f"{folder} is finished: {done}")
+                say(f"{folder} is finished: {done}")
             return folder
         progress = Progress() if resume_from is None else Progress.restore(resume_from, state)
         run_folder.same_start(state.step, device)
-        rules = rules_of(progress.fingerprint, config, source, device)
-        if rules != NOW:  # the run began when other files counted as images, and goes on with those
-            config, source, labelled = open_data(config, rules)
-            run = Run(config, source, labelled, folder, epoch_steps=len(source) / config.train.batch_size)
-        if writes:
-            progress.fingerprint = run_folder.same_images(progress.fingerprint, source, config.data.path)
-        with run_folder.claimed(folder, config) if writes else nullcontext():
+        progress.fingerprint = images
+        validation = progress.see_validation(labelled)
+        with run_folder.claimed(folder, config, images) if writes else nullcontext():
             left_out = quarantine.prepare(folder, config.data, source, labelled)
             project = config.run.wandb if writes else None
             with (
@@ -91,7 +92,9 @@ def train(config: Config, name: str = "run", on_metrics: Callable[[dict[str, Any
                 checkpoint.Writer(folder / "checkpoints") as writer,
                 distributed.StopRequest() as stop,
             ):
-                for line in (introduction(run, state), *passed_over(config, source, labelled), *left_out):
+                notes = [] if state.student.note is None else [state.student.note]
+                told = (*notes, *validation, *passed_over(config, source, labelled), *left_out)
+                for line in (introduction(run, state), *told):
                     log.say(line)
                 if labelled is None:
                     log.say("no --data.val-path with images by class: no kNN evaluation, only losses")
@@ -150,7 +153,7 @@ def loop(
                 progress.knn_top1 = evaluate_student(run, state, progress, log)
                 meter.restart()
             late = time.monotonic() - saved_at > 60 * config.run.checkpoint_minutes
-            stopping, overdue = agreement.any(stop.signal_name is not None, late)
+            stopping, overdue = agreement.any(stop.signal_name is not None or log.unheard, late)
             if ended or stopping or overdue or run.saves_at(state.step):
                 progress.add(meter)
                 save(state, progress, sums, loader, log, writer)
@@ -163,7 +166,7 @@ def loop(
         say_end(run, state, progress, log)
     else:
         why = stop.signal_name or "a signal to another rank"
-        log.say(f"stopped at step {state.step} ({why}); go on with --run.dir {run.folder}")
+        log.say(f"stopped at step {state.step} ({why}); go on with --run.dir {shell_word(run.folder)}")
 
 
 def say_notices(run: Run, log: RunLog, device: torch.device) -> None:
@@ -207,8 +210,8 @@ def say_end(run: Run, state: TrainState, progress: Progress, log: RunLog) -> Non
             "knn_top1": progress.knn_top1,
         }
     )
-    path = run.config.data.path
-    log.say(f"done; python -m reco_fast.embed {run.folder} --data.path {path} --output features.npz")
+    folder, path = shell_word(run.folder), shell_word(run.config.data.path)
+    log.say(f"done; python -m reco_fast.embed {folder} --data.path {path} --output features.npz")
 
 
 def evaluate_student(run: Run, state: TrainState, progress: Progress, log: RunLog) -> float | None:

@@ -84,7 +84,8 @@ def generate(cache_dir: Path | None = None) -> tuple[Path, Path]:
         DataError: the cache folder cannot be written.
     """
     difficulty = Difficulty()
-    folder = (cache_dir or cache_folder()) / f"generated-v{VERSION}-{zlib.crc32(repr(difficulty).encode()):08x}"
+    name = f"generated-v{VERSION}-{zlib.crc32(repr(difficulty).encode()):08x}"
+    folder = (cache_dir or cache_folder(name)) / name
     if not folder.is_dir():
         try:
             _write_once(folder, difficulty)

@@ -86,7 +86,7 @@ def open_hugging_face(text: str) -> HuggingFaceSource:
     name, split = text, ""
     if ":" in text and not os.path.exists(os.path.expanduser(text)):
         name, _, split = text.rpartition(":")
-    place = Path(name).expanduser()
+    place = Path(os.path.expanduser(name))
     try:
         if (place / "dataset_dict.json").is_file() or (place / "dataset_info.json").is_file():
             found = datasets.load_from_disk(os.fspath(place))

@@ -77,7 +77,7 @@ def open_named(name: str, split: str) -> ImageSource:
 
 def _fetched(name: str, data_set: DataSet) -> Path:
     """The folder of the files; fetched by the first process that comes, while others wait."""
-    cache = cache_folder()
+    cache = cache_folder(name)
     folder = cache / name
     if folder.is_dir():
         return folder

@@ -27,7 +27,7 @@ def open_source(path: str | os.PathLike[str], rules: Rules = NOW) -> ImageSource
         from reco_fast.pipelines.sources.hugging_face import open_hugging_face
 
         return open_hugging_face(text.removeprefix("hf:"))
-    place = Path(text).expanduser()
+    place = Path(os.path.expanduser(text))  # which takes `~x` for a name where there is no such user
     if place.is_dir():
         return open_folder(place, rules)
     if place.is_file():

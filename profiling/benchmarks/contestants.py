@@ -13,7 +13,7 @@ from reco_fast import distributed
 from reco_fast.data import open_training_loader
 from reco_fast.errors import ConfigError
 from reco_fast.method.cuda_graph import CudaBackend, Graphed
-from reco_fast.method.model import build_encoder
+from reco_fast.method.model import build_encoder, channels_last
 from reco_fast.method.optim import build_optimizer
 from reco_fast.method.state import build_state, pick_precision, runs_captured
 from reco_fast.method.step import draw, scheduled, train_step
@@ -72,7 +72,7 @@ def supervised(config: Config, device: torch.device) -> Contestant:
     """The same backbone, precision, memory format, optimizer and compiler; a linear layer and labels instead."""
     encoder = build_encoder(config.model, config.data.image_size)
     model = nn.Sequential(encoder.backbone, nn.Linear(encoder.feature_dim, CLASSES))
-    model = model.to(device).to(memory_format=torch.channels_last)
+    channels_last(model.to(device))
     optimizer = build_optimizer(model, config.optim)
     precision = pick_precision(config.train.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)

@@ -19,7 +19,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tarfile
 import threading
 import time
@@ -35,6 +34,8 @@ from reco_fast.profiling.benchmarks.gpu_parts import Task, parts
 from reco_fast.profiling.benchmarks.machine import Machine
 from reco_fast.run.files import write_json
 from reco_fast.run.run_folder import environment
+from reco_fast.settings import command_line
+from reco_fast.settings.typed import at_home
 
 HERE = Path(__file__).resolve().parents[2]
 GRACE = 10  # seconds for a command that is stopped to save what it has
@@ -196,10 +197,10 @@ def few(images: Path, folder: Path, each: int = 32) -> Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=at_home, required=True)
     parser.add_argument("--budget", type=float, required=True, help="seconds for all parts together")
-    parser.add_argument("--data.path", dest="images", type=Path, help="small images: train/ and test/, by class")
-    parser.add_argument("--photographs", type=Path, help="a folder of large images, for the loader")
+    parser.add_argument("--data.path", dest="images", type=at_home, help="small images: train/ and test/, by class")
+    parser.add_argument("--photographs", type=at_home, help="a folder of large images, for the loader")
     parser.add_argument("--only", nargs="+", help="names of parts; all unless given")
     parser.add_argument("--tiny", action="store_true", help="rehearse with small models")
     arguments = parser.parse_args()
@@ -220,4 +221,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.run(main)

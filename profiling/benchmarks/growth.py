@@ -37,6 +37,7 @@ from reco_fast.profiling.benchmarks.step import StepOptions, take_turn, warmup_s
 from reco_fast.run.files import write_json, write_text
 from reco_fast.run.run_folder import environment
 from reco_fast.settings import command_line
+from reco_fast.settings.typed import WithPaths
 
 BESIDE = 4
 """Rows that get ready at once beside a GPU. All at once would fill it: each tries convolutions that take memory."""
@@ -45,7 +46,7 @@ FACTORS = {"batch": "--train.batch-size", "K": "--model.bank-size", "size": "--d
 
 
 @dataclass(frozen=True)
-class Growth(StepOptions):
+class Growth(StepOptions, WithPaths):
     batches: tuple[int, ...] = (32, 64, 256)
     banks: tuple[int, ...] = (1024, 4096, 65536)
     sizes: tuple[int, ...] = (64,)
@@ -62,6 +63,7 @@ class Growth(StepOptions):
     """Folder for growth.json, growth.md and growth.png."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("rounds", "steps", "warmup", "batches", "banks", "sizes", "ranks"):
             given = getattr(self, name)
             if min(given if isinstance(given, tuple) else [given], default=1) < 1:

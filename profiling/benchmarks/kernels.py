@@ -28,6 +28,8 @@ from reco_fast.kernels.reference import BFLOAT16_ATTENTION, CudaAttention, reco_
 from reco_fast.profiling.benchmarks.machine import Machine, device_name
 from reco_fast.run.files import write_json, write_text
 from reco_fast.run.run_folder import environment
+from reco_fast.settings import command_line
+from reco_fast.settings.typed import at_home
 
 SETTINGS: dict[str, Any] = {
     "temperature": 0.2,
@@ -333,7 +335,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=at_home, required=True)
     available = list(IMPLEMENTATIONS) if on_gpu else list(ON_CPU)
     parser.add_argument("--only", nargs="+", choices=available, default=available)
     parser.add_argument("--rows", nargs="+", type=int, default=GPU_ROWS if on_gpu else CPU_ROWS)
@@ -348,4 +350,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

@@ -15,6 +15,8 @@ from typing import Any
 
 from reco_fast.kernels import launch
 from reco_fast.run.files import write_text
+from reco_fast.settings import command_line
+from reco_fast.settings.typed import at_home
 
 CHOICES = ("triton", "sdpa")  # both timed at a size, or it is left out; the others hold N×K matrices
 
@@ -66,10 +68,10 @@ def record(paths: Sequence[Path], launch_source: Path) -> list[launch.Measured]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", help="kernels.json")
+    parser.add_argument("results", type=at_home, nargs="+", help="kernels.json")
     for row in record(parser.parse_args().results, Path(launch.__file__)):
         print(row)
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

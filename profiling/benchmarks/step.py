@@ -43,6 +43,7 @@ from reco_fast.run.files import write_json, write_text
 from reco_fast.run.run_folder import environment
 from reco_fast.settings import command_line
 from reco_fast.settings.config import Config, ModelConfig, StepConfig, TrainConfig
+from reco_fast.settings.typed import WithPaths
 
 Opponent = Literal["naive", "lightly", "supervised", "launches", "torchvision"]
 OPPONENTS = get_args(Opponent)
@@ -74,7 +75,7 @@ class StepOptions(StepConfig):
 
 
 @dataclass(frozen=True)
-class Benchmark(StepOptions):
+class Benchmark(StepOptions, WithPaths):
     against: tuple[Opponent, ...] = ("naive", "supervised")
     """With which the whole step is compared."""
     rounds: int = 5
@@ -87,6 +88,7 @@ class Benchmark(StepOptions):
     """Folder for step.json, step.md and step.png."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("rounds", "steps", "warmup"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name}: expected 1 or more, got {getattr(self, name)}")

@@ -75,7 +75,7 @@ class LinearProbe(NamedTuple):
 
 
 def linear_probe(
-    features: Tensor, labels: Tensor, classes: int, queries: Tensor, say: Callable[[str], None] = lambda line: None
+    features: Tensor, labels: Tensor, classes: int, queries: Tensor, say: Callable[[str], object] = lambda line: None
 ) -> LinearProbe:
     """Logistic regression on standardised `features` [n, F] with `labels` [n], applied to `queries` [m, F].
 

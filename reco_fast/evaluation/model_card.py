@@ -60,7 +60,7 @@ def model_card(folder: Path, config: Config, *, which: str, format: str, width: 
             "",
             "## Environment",
             "",
-            *fenced("json", as_json(json_or_none(folder, "environment"))),
+            *fenced("json", as_json(without_places(json_or_none(folder, "environment")))),
             "",
         ]
     )
@@ -108,6 +108,13 @@ def fenced(language: str, lines: list[str]) -> list[str]:
 
 def as_json(values: Any) -> list[str]:
     return json.dumps(values, indent=2, default=str).splitlines()
+
+
+def without_places(environment: Any) -> Any:
+    """Where the run was is nobody's business who gets the backbone."""
+    if not isinstance(environment, dict):
+        return environment
+    return {name: value for name, value in environment.items() if name not in ("directory", "folder")}
 
 
 def json_or_none(folder: Path, name: str) -> Any:

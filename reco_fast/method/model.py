@@ -17,6 +17,9 @@ SMALL_IMAGE = 64  # up to this side in pixels, a stem that divides the resolutio
 class Encoder(nn.Module):
     """Backbone and the two-layer projector of MoCo v2 (arXiv 2003.04297): images [N, 3, H, W] to [N, D]."""
 
+    note: str | None = None
+    """What was done otherwise than its configuration says, in one line."""
+
     def __init__(self, backbone: nn.Module, feature_dim: int, projection_dim: int) -> None:
         super().__init__()
         self.backbone = backbone
@@ -26,39 +29,103 @@ class Encoder(nn.Module):
         self.feature_dim = feature_dim
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.projector(self.backbone(images))
+        return self.projector(_main(self.backbone(images)))
 
 
 def build_encoder(config: ModelConfig, image_size: int) -> Encoder:
-    """A randomly initialised encoder. Raises ConfigError for a backbone that does not exist or does not fit."""
+    """A randomly initialised encoder. Raises ConfigError for a backbone that does not exist or does not fit.
+
+    Where it does not fit behind the small stem, `--model.stem auto` keeps its own, and `note` says so.
+    """
+    small = config.stem == "small" or (config.stem == "auto" and image_size <= SMALL_IMAGE)
+    before, note = torch.get_rng_state(), None
     backbone = _create(config.arch, image_size)
-    if config.stem == "small" or (config.stem == "auto" and image_size <= SMALL_IMAGE):
-        _use_small_stem(backbone)
+    changed = small and _use_small_stem(backbone)
     try:
-        with torch.no_grad():
-            features = backbone.eval()(torch.zeros(2, 3, image_size, image_size))
+        width = _feature_dim(backbone, image_size)
     except Exception as error:  # whatever a third-party backbone raises, the user's mistake is the pairing
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"--model.arch {config.arch} cannot take {image_size} px images: {reason}") from None
+        if not changed:
+            raise _misfit(config.arch, image_size, error) from None
+        torch.set_rng_state(before)  # the weights are those of --model.stem standard
+        backbone = _create(config.arch, image_size)
+        try:
+            width = _feature_dim(backbone, image_size)
+        except Exception as own:
+            raise _misfit(config.arch, image_size, own) from None
+        reason = _first_line(error)
+        if config.stem == "small":
+            raise ConfigError(
+                f"--model.stem: expected auto or standard for {config.arch} at {image_size} px, got small ({reason})"
+            ) from None
+        note = f"{config.arch} keeps its own stem: behind the small one it cannot take {image_size} px images: {reason}"
+    encoder = Encoder(backbone, width, config.projection_dim).train()
+    encoder.note = note
+    return encoder
+
+
+def _feature_dim(backbone: nn.Module, size: int) -> int:
+    """Width of the features of images of `size` px, tried in eval mode and, with a gradient, in training mode, where a
+    backbone may do something else. Weights, buffers and random state stay. Raises whatever the backbone raises."""
+    images = torch.zeros(2, 3, size, size)
+    with torch.no_grad():
+        features = backbone.eval()(images)
     if not isinstance(features, Tensor) or features.dim() != 2:
-        raise ConfigError(
-            f"--model.arch: expected a backbone that gives one feature vector an image, got {config.arch}"
-        )
-    return Encoder(backbone, features.shape[1], config.projection_dim).train()
+        raise ValueError("expected one feature vector an image")
+    buffers = [(buffer, buffer.clone()) for buffer in backbone.buffers()]
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        trained = _main(backbone.train()(images))
+        if not isinstance(trained, Tensor) or trained.shape != features.shape:
+            raise ValueError("expected the same features in training as in evaluation")
+        trained.sum().backward()
+    backbone.zero_grad()
+    with torch.no_grad():
+        for buffer, value in buffers:
+            buffer.copy_(value)
+    return features.shape[1]
+
+
+def _main(output: Any) -> Any:
+    """The first of several outputs, which some backbones have in training mode."""
+    return output[0] if isinstance(output, tuple | list) else output
+
+
+def channels_last(module: nn.Module) -> nn.Module:
+    """`module` itself, its weights [out, in, H, W] channels-last. `Module.to` fails where others have more axes."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.dim() == 4:
+            tensor.data = tensor.data.to(memory_format=torch.channels_last)
+    return module
+
+
+def _misfit(arch: str, size: int, error: Exception) -> ConfigError:
+    return ConfigError(f"--model.arch {arch} cannot take {size} px images: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def torchvision_options(name: str) -> dict[str, Any]:
+    """Without auxiliary classifiers: nothing trains them, and DistributedDataParallel waits for their gradients."""
+    return {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
 
 
 def _create(arch: str, image_size: int) -> nn.Module:
     library, _, name = arch.rpartition("/")
     if library in ("", "torchvision") and name in torchvision.models.list_models(module=torchvision.models):
-        return _without_classifier(torchvision.models.get_model(name, weights=None))
+        return _without_classifier(torchvision.models.get_model(name, weights=None, **torchvision_options(name)))
     if library in ("", "timm") and timm.is_model(name):
         # Transformers are built for one image size; convolutional nets do not take the argument.
-        candidates: tuple[dict[str, Any], ...] = ({"img_size": image_size}, {})
-        for options in candidates:
-            try:
-                return timm.create_model(name, pretrained=False, num_classes=0, **options)
-            except TypeError:
-                continue
+        try:
+            return timm.create_model(name, pretrained=False, num_classes=0, img_size=image_size)
+        except TypeError:
+            pass
+        except Exception as error:  # whatever a third-party constructor raises
+            raise _misfit(arch, image_size, error) from None
+        try:
+            return timm.create_model(name, pretrained=False, num_classes=0)
+        except Exception as error:
+            raise _misfit(arch, image_size, error) from None
     names = torchvision.models.list_models(module=torchvision.models) + timm.list_models()
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {close[0]}?" if close else "such as resnet18, resnet50 or timm/convnext_tiny"
@@ -76,15 +143,18 @@ def _without_classifier(backbone: nn.Module) -> nn.Module:
     return backbone
 
 
-def _use_small_stem(backbone: nn.Module) -> None:
-    """First convolution 3×3 with stride 1, and no max-pooling behind it. Patch-embedding stems stay as they are."""
+def _use_small_stem(backbone: nn.Module) -> bool:
+    """First convolution 3×3 with stride 1, and no max-pooling behind it. Patch-embedding stems stay as they are.
+    Returns whether anything is changed."""
     name, first = next(((n, m) for n, m in backbone.named_modules() if isinstance(m, nn.Conv2d)), ("", None))
-    if first is not None and first.stride == (2, 2):
-        small = nn.Conv2d(first.in_channels, first.out_channels, 3, stride=1, padding=1, bias=first.bias is not None)
-        parent, _, child = name.rpartition(".")
-        setattr(backbone.get_submodule(parent), child, small)
-        if isinstance(getattr(backbone, "maxpool", None), nn.Module):
-            backbone.maxpool = nn.Identity()
+    if first is None or first.stride != (2, 2):
+        return False
+    small = nn.Conv2d(first.in_channels, first.out_channels, 3, stride=1, padding=1, bias=first.bias is not None)
+    parent, _, child = name.rpartition(".")
+    setattr(backbone.get_submodule(parent), child, small)
+    if isinstance(getattr(backbone, "maxpool", None), nn.Module):
+        backbone.maxpool = nn.Identity()
+    return True
 
 
 class MemoryBank(nn.Module):

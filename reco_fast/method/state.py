@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from reco_fast import distributed
 from reco_fast.errors import ConfigError
 from reco_fast.method.cuda_graph import CudaBackend, Graphed
-from reco_fast.method.model import Encoder, MemoryBank, build_encoder
+from reco_fast.method.model import Encoder, MemoryBank, build_encoder, channels_last
 from reco_fast.method.norms import NormBuffers, batch_norms
 from reco_fast.method.optim import build_optimizer
 from reco_fast.method.passes import Passes, TeacherUpdate, follow_mode, running_student, running_teacher
@@ -71,7 +71,7 @@ def build_state(config: Config, device: torch.device) -> TrainState:
             f"--model.key-norm: expected batch for {config.model.arch}, which has no batch norm, "
             f"got {config.model.key_norm}"
         )
-    student = student.to(device).to(memory_format=torch.channels_last)
+    channels_last(student.to(device))
     precision = pick_precision(config.train.precision, device)
     teacher = copy.deepcopy(student).requires_grad_(False)
     follow_mode(teacher, config.model.key_norm)
@@ -147,7 +147,13 @@ def pick_device(name: str, flag: str = "--train.device") -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError(f"{flag}: expected cpu or auto on this machine (PyTorch finds no CUDA device), got cuda")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    ranks, count = max(number + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))), torch.cuda.device_count()
+    if ranks > max(1, count):  # on all ranks, so that the first, which speaks, is among them
+        raise ConfigError(
+            f"--nproc-per-node: expected at most the {count} GPUs that can be seen here, got {ranks} ranks"
+        )
+    device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = True  # a run's convolutions have the same few shapes at every step
     return device

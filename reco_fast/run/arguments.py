@@ -1,13 +1,13 @@
 """What a run is told: a preset, then `--config FILE`, then flags."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from reco_fast.errors import ConfigError
 from reco_fast.run.files import read_json
 from reco_fast.settings.config import Config, updated
 from reco_fast.settings.presets import preset
+from reco_fast.settings.typed import at_home
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -39,7 +39,7 @@ def config_and_rest(argv: Sequence[str], default: T) -> tuple[T, list[str]]:
         file = file if given else next(words, "")
         if not file:
             raise ConfigError("--config: expected a file, got nothing")
-        path = Path(file)
+        path = at_home(file)
         try:
             default = updated(default, read_json(path))
         except ConfigError as error:

@@ -108,6 +108,20 @@ def _all(directory: Path) -> list[Path]:
     )
 
 
+def fingerprint(directory: Path) -> str | None:
+    """Of the images that the newest checkpoint was trained on; None where there is none, or it says nothing."""
+    path = latest(directory)
+    if path is None:
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = parse_json((file.metadata() or {}).get("reco_fast", "null"), path)
+        found = header["progress"]["fingerprint"]
+    except (OSError, SafetensorError, ConfigError, KeyError, TypeError):  # whoever loads it says what is wrong
+        return None
+    return found if isinstance(found, str) else None
+
+
 def load(path: Path, state: TrainState) -> dict[str, Any]:
     """Put the checkpoint into `state` and return the saved `progress`.
 

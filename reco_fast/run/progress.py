@@ -69,6 +69,9 @@ class Progress:
     """What a run has measured so far; kept in its checkpoints."""
 
     fingerprint: str | None = None
+    """Of the training images."""
+    validation: str | None = None
+    """Fingerprint of the images that kNN figures are of."""
     knn_top1_initial: float | None = None
     knn_top1: float | None = None
     images: int = 0
@@ -98,6 +101,19 @@ class Progress:
         if len(progress.sums) != len(METRICS):
             progress.sums, progress.summed_steps = [0.0] * len(METRICS), 0
         return progress
+
+    def see_validation(self, labelled: LabelledData | None) -> list[str]:
+        """Forget the kNN figures of other validation images than these: they say nothing about one another. Returns
+        lines to show."""
+        before, self.validation = self.validation, None
+        if labelled is not None:
+            self.validation = labelled.val.fingerprint()
+        known = before is not None and self.knn_top1_initial is not None
+        if not known or before == self.validation:
+            return []
+        self.knn_top1_initial = self.knn_top1 = None
+        self.watch.evaluations, self.watch.best = [], 0.0
+        return ["other validation images than before: kNN figures begin anew, and knn_top1_initial is null"]
 
     def add(self, meter: Meter) -> None:
         """Take over what the meter has counted up to now."""

@@ -20,6 +20,7 @@ from reco_fast.errors import ConfigError
 from reco_fast.pipelines.sources.image_source import ImageSource
 from reco_fast.run.diagnostics import Finding, Spread
 from reco_fast.run.files import parse_json, read_text, write_text
+from reco_fast.settings.terminal import drop_output, say
 from reco_fast.settings.typed import one_line
 
 LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
@@ -39,12 +40,6 @@ CHARTS = {
 }
 
 
-def say(line: str) -> None:
-    """Print a line, unless it is empty; what file names bring along does not reach the terminal."""
-    if line:
-        print(one_line(line).encode("utf-8", "backslashreplace").decode(), flush=True)
-
-
 class RunLog:
     """Writes to a run folder, and calls `on_metrics` with each line of metrics.jsonl. Without a folder (on ranks other
     than 0) every call does nothing.
@@ -59,6 +54,7 @@ class RunLog:
         first_step: int,
         on_metrics: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
+        self.unheard = False  # nobody reads what is printed any more: the run saves itself and ends
         self._directory = directory
         self._on_metrics = on_metrics
         if directory is None:
@@ -86,7 +82,8 @@ class RunLog:
     def __exit__(self, *raised: object) -> None:
         if self._directory is not None:
             if self._progress is not None:
-                self._progress.stop()
+                with self._terminal():
+                    self._progress.stop()
             self._tensorboard.close()
             self._file.close()
 
@@ -95,9 +92,19 @@ class RunLog:
         line = one_line(line).encode("utf-8", "backslashreplace").decode()
         if self._directory is not None:
             if self._progress is not None:
-                self._progress.console.print(line, markup=False, highlight=False)
-            else:
-                print(line, flush=True)
+                with self._terminal():
+                    self._progress.console.print(line, markup=False, highlight=False)
+            elif not say(line):
+                self.unheard = True
+
+    @contextmanager
+    def _terminal(self) -> Iterator[None]:
+        """Around what the bar prints: a terminal that was closed stops it, and nothing else."""
+        try:
+            yield
+        except OSError:
+            self.unheard = True
+            drop_output()
 
     def advance(self, step: int) -> None:
         if self._directory is not None and self._progress is not None:
@@ -234,7 +241,7 @@ def wandb_beside(directory: Path, project: str, settings: dict[str, Any]) -> Ite
 def warn_of(source: ImageSource) -> None:
     """Print what loaders had to say of images of `source` that they used, a line for each kind of thing."""
     for line in source.notices.lines(source.names).values():
-        print(one_line(f"warning: {line}").encode("utf-8", "backslashreplace").decode(), flush=True)
+        say(f"warning: {line}")
 
 
 @contextmanager
@@ -264,6 +271,6 @@ def progress(total: int, done: int) -> Iterator[Callable[[int], None]]:
         done += images
         if done == total or time.monotonic() - last > LINE_SECONDS:
             last = time.monotonic()
-            print(f"{done:,} of {total:,} images  {rate()}", flush=True)
+            say(f"{done:,} of {total:,} images  {rate()}")
 
     yield line

@@ -22,16 +22,19 @@ from reco_fast.method.model import build_encoder
 from reco_fast.pipelines.sources.image_source import ImageSource
 from reco_fast.run import checkpoint
 from reco_fast.run.files import parse_json, read_json, read_text, write_json
+from reco_fast.run.places import located, read_environment, recorded_places, same_place
 from reco_fast.settings.config import Config
 
 PACKAGES = ("torch", "torchvision", "triton", "timm", "numpy", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
-# What may differ between a run and its continuation: it changes where and how fast, not what is learned.
-MAY_CHANGE = {"run", "profile", "eval", "data.workers", "data.manifest"}
+# What may differ between a run and its continuation: it changes where and how fast, not what is learned. Whether the
+# images are the same is not asked of their path: `same_images` looks at them.
+MAY_CHANGE = {"run", "profile", "eval", "data.workers", "data.manifest", "data.path", "data.val_path", "data.generated"}
 MAY_CHANGE |= {"train.max_steps", "train.device", "train.compile", "train.cuda_graph"}
 
 
-def choose(config: Config, preset: str) -> tuple[Path, Path | None]:
-    """The run's folder, and the checkpoint from which it goes on (None: from the start).
+def choose(config: Config, preset: str, source: ImageSource | None = None) -> tuple[Path, Path | None]:
+    """The run's folder, and the checkpoint from which it goes on (None: from the start). A folder that is not named in
+    `config` must have begun with the images of `source`.
 
     Raises ConfigError where the folder holds another run, or a run although none may be continued.
     """
@@ -49,15 +52,31 @@ def choose(config: Config, preset: str) -> tuple[Path, Path | None]:
         folder = Path("runs") / (preset if number == 1 else f"{preset}-{number}")
         if not (folder / "config.json").exists():
             return folder, None
-        same = first_difference(config, read_config(folder)) is None
-        if same and config.run.resume == "auto" and not finished(folder):
-            return folder, checkpoint.latest(folder / "checkpoints")
+        before = read_config(folder)
+        if config.run.resume == "auto" and first_difference(config, before) is None and not finished(folder):
+            # With other paths it may be a run beside this one, which two may have been before.
+            same_paths = (config.data.path, config.data.val_path) == (before.data.path, before.data.val_path)
+            if same_paths or (of_same_images(folder, config, source) and not in_use(folder)):
+                return folder, checkpoint.latest(folder / "checkpoints")
         number += 1
 
 
+def in_use(folder: Path) -> bool:
+    """Whether a run is writing to the folder."""
+    try:
+        with open(folder / ".lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: all ranks ask
+    except BlockingIOError:
+        return True
+    except OSError:  # there is none, or it cannot be read
+        pass
+    return False
+
+
 @contextmanager
-def claimed(folder: Path, config: Config) -> Iterator[None]:
-    """Make the folder, keep other runs out of it, and write config.json and environment.json.
+def claimed(folder: Path, config: Config, images: str | None = None) -> Iterator[None]:
+    """Make the folder, keep other runs out of it, and write config.json and environment.json; `images` is what
+    `same_images` gave.
 
     Raises ConfigError where it cannot be written or another run is at work in it.
     """
@@ -76,7 +95,7 @@ def claimed(folder: Path, config: Config) -> Iterator[None]:
         # seconds.
         os.register_at_fork(after_in_child=lock.close)
         try:
-            write_json(folder / "environment.json", environment())
+            write_json(folder / "environment.json", environment() | recorded_places(folder) | {"images": images})
             write_json(folder / "config.json", config.to_json())
         except OSError as error:
             raise _unwritable(folder, error) from None
@@ -116,16 +135,31 @@ def load_run(folder: Path, which: str) -> tuple[Config, nn.Module]:
     return config, encoder
 
 
-def same_images(before: str | None, source: ImageSource, path: Path | None) -> str:
-    """The fingerprint of `source`, which must be the one of `before` if the run has begun: places in the training
-    stream mean something only for the same files in the same order."""
-    fingerprint = source.fingerprint()
-    if before not in (None, fingerprint):
+def same_images(folder: Path, config: Config, source: ImageSource) -> str:
+    """The fingerprint of `source`, which must be of the images that the run in `folder` began with, wherever they lie:
+    places in the training stream mean something only for the same files in the same order. Raises ConfigError."""
+    if not of_same_images(folder, config, source):
         seen = source.passed_over.line()
         raise ConfigError(
-            f"--data.path: expected the images that this run began with, {path} holds others now{seen and f' ({seen})'}"
+            f"--data.path: expected the images that this run began with, {config.data.path} holds others now"
+            f"{seen and f' ({seen})'}"
         )
-    return fingerprint
+    return source.fingerprint()
+
+
+def of_same_images(folder: Path, config: Config, source: ImageSource | None) -> bool:
+    """Whether a run in `folder` began with the images of `source`. Before its first checkpoint nothing depends on them,
+    so what lies at the same place will do."""
+    if not (folder / "config.json").exists():
+        return True
+    learned = checkpoint.fingerprint(folder / "checkpoints")
+    if learned is not None:
+        return source is not None and source.fingerprint() == learned
+    before = located(read_config(folder), folder).data
+    if same_place(config.data.path, before.path):
+        return True
+    began = read_environment(folder).get("images")
+    return source is not None and source.fingerprint() == began
 
 
 def same_start(step: int, device: torch.device) -> None:

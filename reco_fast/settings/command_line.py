@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TypeVar
 import tyro
 
 from reco_fast.errors import ConfigError, DataError
+from reco_fast.settings import terminal
 from reco_fast.settings.typed import one_line
 
 T = TypeVar("T")
@@ -55,15 +56,21 @@ def serve(name: str, kind: type[T], command: Callable[[T], object], description:
 
 def run(main: Callable[[], object]) -> NoReturn:
     """Call `main` and exit with its status, 0 where it returns none; 2 with one line on stderr (of rank 0) for a user's
-    mistake, and for what the machine refuses: a full disk, a missing right, memory."""
+    mistake, and for what the machine refuses: a full disk, a missing right, memory; 130 with one for Ctrl-C."""
+    terminal.prepare_command()
+    terminal.interrupt_as_usual()
     try:
         result = main()
         code = result if isinstance(result, int) else 0
     except (ConfigError, DataError) as error:
         code = _refuse(str(error))
     except BrokenPipeError:  # the reader of our output went away (`... | head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        terminal.drop_output()
         code = 0
+    except KeyboardInterrupt:
+        terminal.leave_at_interrupt()  # threads may have to be waited for
+        terminal.say_interrupted()
+        code = terminal.INTERRUPTED
     except OSError as error:
         if error.strerror is None:
             raise

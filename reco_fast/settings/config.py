@@ -15,7 +15,7 @@ import tyro
 from PIL import ImageColor
 
 from reco_fast.errors import ConfigError
-from reco_fast.settings.typed import as_dataclass
+from reco_fast.settings.typed import WithPaths, as_dataclass
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -35,7 +35,7 @@ def _require(ok: bool, flag: str, value: object, expected: str) -> None:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(WithPaths):
     path: Path | None = None
     """Training images, without labels: a folder at any depth, .tar shards, cifar10, stl10:unlabeled, hf:NAME."""
     val_path: Path | None = None
@@ -59,6 +59,7 @@ class DataConfig:
     file declares or its type has, else the image's own; a warning says where that leaves little or is a guess."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(_is_colour(self.background), "data.background", self.background, "a colour such as white or #ffffff")
         ok = self.range is None or (math.isfinite(self.range[1] - self.range[0]) and self.range[0] < self.range[1])
         _require(ok, "data.range", self.range and "{:g} {:g}".format(*self.range), "two numbers, the lower one first")
@@ -71,7 +72,7 @@ class ModelConfig:
     arch: str = "resnet18"
     """Any torchvision or timm backbone; "timm/NAME" or "torchvision/NAME" where both have it (torchvision first)."""
     stem: Literal["auto", "small", "standard"] = "auto"
-    """small: 3×3 stride 1 without pooling, for small images; auto: small up to 64 px."""
+    """small: 3×3 stride 1 without pooling, for small images; auto: small up to 64 px, where it fits."""
     projection_dim: int = 128
     """Width D of the embeddings and of the memory banks."""
     key_norm: Literal["batch", "split", "shuffle", "ema"] = "batch"
@@ -196,7 +197,7 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(WithPaths):
     dir: Path | None = None
     """Run folder; unless given, runs/PRESET, or the next free runs/PRESET-2, ... where that one is finished."""
     resume: Literal["auto", "never"] = "auto"
@@ -211,6 +212,7 @@ class RunConfig:
     """Weights & Biases project to which the TensorBoard scalars and pictures go as well."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(self.log_every >= 1, "run.log-every", self.log_every, "1 or more")
         _require(self.checkpoint_minutes > 0, "run.checkpoint-minutes", self.checkpoint_minutes, "a number above 0")
         ok = self.checkpoint_steps is None or self.checkpoint_steps >= 1

@@ -3,14 +3,42 @@
 import dataclasses
 import os
 import re
+import shlex
 import types
 import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+from reco_fast.errors import ConfigError
+
 T = TypeVar("T")
 # What could move a cursor, end a line or turn text round: C0, C1, and Unicode's line and direction controls.
 CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def at_home(path: Path | str) -> Path:
+    """`path` with a leading `~` or `~user` replaced by that home. Raises ConfigError where nobody has one."""
+    text = os.path.expanduser(path)
+    if text.partition("/")[0] == "~":
+        raise ConfigError(f"{path}: expected a home in place of ~, but HOME is not set and the user has no account")
+    return Path(text)
+
+
+class WithPaths:
+    """A dataclass whose paths may begin with `~`, which a shell leaves as it is in `--run.dir=~/x`."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, Path):
+                object.__setattr__(self, name, at_home(value))  # they are frozen
+
+
+def shell_word(path: Path | str | None) -> str:
+    """`path` as a word of a command that somebody copies: quoted where a shell would take it apart."""
+    text = os.fspath(path or "")
+    # A quoted ~ stays as it is; control characters and stray bytes are for $'…' alone.
+    plain = text.isprintable()
+    return shlex.quote(text) if plain else "$" + repr(os.fsencode(text))[1:]
 
 
 def one_line(text: str) -> str:

@@ -293,7 +293,8 @@ def test_without_labels_there_are_neighbours_and_a_map(
 )
 def test_which_images_are_taken(given: dict[str, Path], expected: tuple[str, str | None]) -> None:
     run = Config(data=DataConfig(path=Path("a"), val_path=Path("b")))
-    chosen, _ = evaluate.chosen_data(DataConfig(**given), run)
+    data = DataConfig(**given)
+    chosen, _ = evaluate.chosen_data(data, run, own=evaluate.are_own(data, run, Path("none")))
     assert (str(chosen.path), chosen.val_path and str(chosen.val_path)) == expected
 
 
@@ -303,7 +304,7 @@ def test_no_image_is_its_own_neighbour(tmp_path: Path, monkeypatch: pytest.Monke
     source = open_source(write_folder(tmp_path, {"a": 30}))
     features = torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
     features[:12] = 1.0  # copies, which tie with the image itself
-    images = Extracted(source, features, torch.arange(30))
+    images = Extracted(source, features, torch.arange(30), {})
     evaluate.picture_neighbours(tmp_path, images, images)
     ((_, (_, queries), (_, nearest), similarity),) = seen
     assert nearest.shape == similarity.shape == (10, 8)

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from reco_fast.errors import ConfigError
-from reco_fast.method.model import MemoryBank, build_encoder
-from reco_fast.settings.config import ModelConfig
+from reco_fast.method.model import Encoder, MemoryBank, build_encoder
+from reco_fast.method.state import build_state
+from reco_fast.settings.config import Config, DataConfig, ModelConfig, TrainConfig
 
 
 @pytest.mark.parametrize(
@@ -43,6 +44,80 @@ def test_backbone_that_does_not_fit_the_images_is_one_line() -> None:
     with pytest.raises(ConfigError, match="cannot take 32 px") as caught:
         build_encoder(ModelConfig(arch="inception_v3"), 32)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("arch", "size"), [("googlenet", 64), ("inception_v3", 96), ("timm/inception_v3", 96)])
+def test_a_backbone_with_auxiliary_outputs_trains_by_its_main_one(arch: str, size: int) -> None:
+    encoder = build_encoder(ModelConfig(arch=arch, projection_dim=16), size)
+    assert encoder.training
+    encoder(torch.randn(2, 3, size, size)).sum().backward()
+    assert [name for name, parameter in encoder.named_parameters() if parameter.grad is None] == []
+
+
+OWN_STEM = ["levit_128s", "gcvit_xxtiny", "fastvit_t8", "visformer_tiny", "volo_d1_224"]
+
+
+def built(arch: str, stem: str) -> Encoder:
+    torch.manual_seed(3)
+    return build_encoder(ModelConfig(arch=arch, stem=stem, projection_dim=16), 64)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("arch", OWN_STEM)
+def test_a_backbone_that_does_not_fit_behind_the_small_stem_keeps_its_own(arch: str) -> None:
+    chosen, standard = built(f"timm/{arch}", "auto"), built(f"timm/{arch}", "standard")
+    assert chosen.note is not None
+    assert chosen.note.startswith(f"timm/{arch} keeps its own stem: behind the small one it cannot take 64 px images: ")
+    assert "\n" not in chosen.note
+    assert standard.note is None
+    for (name, one), other in zip(chosen.state_dict().items(), standard.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+    with pytest.raises(
+        ConfigError, match=rf"--model.stem: expected auto or standard for timm/{arch} at 64 px"
+    ) as caught:
+        built(f"timm/{arch}", "small")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("arch", ["mobilenet_v3_small", "timm/efficientnet_b0"])  # with dropout and batch norms
+def test_the_trial_leaves_no_trace(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = built(arch, "auto")
+    monkeypatch.setattr("reco_fast.method.model._feature_dim", lambda *_: tried.feature_dim)
+    untried = built(arch, "auto")
+    for (name, one), other in zip(tried.state_dict().items(), untried.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+    assert all(parameter.grad is None for parameter in tried.parameters())
+
+
+def test_what_fails_in_training_alone_is_found_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fails(torch.nn.Flatten):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            if self.training:
+                raise ZeroDivisionError("only in training")
+            return super().forward(images)
+
+    monkeypatch.setattr("reco_fast.method.model._create", lambda arch, size: Fails())
+    with pytest.raises(ConfigError, match=r"--model.arch mine cannot take 32 px images: only in training"):
+        build_encoder(ModelConfig(arch="mine"), 32)
+
+
+def test_what_fails_in_the_backward_pass_alone_is_found_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fails(torch.nn.Conv2d):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            features = super().forward(images).mean((2, 3)).exp()
+            features.detach().mul_(2)  # exp's gradient needs what it was
+            return features
+
+    monkeypatch.setattr("reco_fast.method.model._create", lambda arch, size: Fails(3, 8, 3))
+    with pytest.raises(ConfigError, match=r"--model.arch mine cannot take 32 px images: one of the variables"):
+        build_encoder(ModelConfig(arch="mine"), 32)
+
+
+def test_weights_of_volumes_are_no_hindrance_to_channels_last() -> None:
+    model, data = ModelConfig(arch="timm/lambda_resnet26t", bank_size=8), DataConfig(image_size=64)
+    state = build_state(Config(data=data, model=model, train=TrainConfig(batch_size=4)), torch.device("cpu"))
+    kernels = [p for p in state.student.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[2] > 1]
+    assert kernels
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
 
 
 def rows(start: int, count: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from reco_fast.errors import ConfigError
 from reco_fast.method.state import fastest_precision, pick_device, pick_precision
 
 CPU = torch.device("cpu")
@@ -16,6 +17,22 @@ def test_cudnn_looks_for_the_fastest_convolution_where_a_cuda_device_is_picked(m
     monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
     assert pick_device("auto").type == "cuda"
     assert torch.backends.cudnn.benchmark
+
+
+@pytest.mark.parametrize(("rank", "ranks"), [("0", "4"), ("3", "4"), ("2", None)])
+def test_more_ranks_than_gpus_is_one_line_on_each(
+    monkeypatch: pytest.MonkeyPatch, rank: str, ranks: str | None
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: pytest.fail("no such device"))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    if ranks is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    for name in ("auto", "cuda"):
+        with pytest.raises(ConfigError, match=r"--nproc-per-node: expected at most the 2 GPUs .* got [34] ranks"):
+            pick_device(name)
+    assert pick_device("cpu") == CPU
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,15 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
+from reco_fast import ablation, check_images, embed, evaluate, export, train
 from reco_fast.errors import ConfigError
-from reco_fast.settings.config import Config, ModelConfig, TrainConfig
+from reco_fast.profiling.benchmarks.growth import Growth
+from reco_fast.profiling.benchmarks.step import Benchmark
+from reco_fast.settings.config import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
 from reco_fast.settings.presets import PRESETS, preset
 from reco_fast.train import parse
 
@@ -98,3 +102,25 @@ def test_sections_check_themselves() -> None:
         ModelConfig(teacher_momentum=1.0)
     with pytest.raises(ConfigError, match="accumulate"):
         TrainConfig(accumulate=0)
+
+
+def test_a_tilde_is_the_home_wherever_a_path_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.json").write_text('{"run": {"dir": "~/a"}, "data": {"manifest": "~/b"}}')
+    config = train.parse(["cifar10", "--config=~/mine.json", "--data.path=~/s-{0..9}.tar", "--data.val-path", "~"])[0]
+    assert (config.run.dir, config.data.manifest) == (tmp_path / "a", tmp_path / "b")
+    assert (config.data.path, config.data.val_path) == (tmp_path / "s-{0..9}.tar", tmp_path)
+    assert preset("cifar10", run={"dir": "~/x"}).run.dir == RunConfig(dir=Path("~/x")).dir == tmp_path / "x"
+    assert embed.EmbedCommand(Path("~/r"), Path("~/f.npz"), projector=Path("~/p")).projector == tmp_path / "p"
+    assert evaluate.EvaluateCommand(Path("~/r")).run_dir == export.ExportCommand(Path("~/r"), "timm", Path("o")).run_dir
+    assert check_images.CheckCommand(Path("~/d"), Path("m")).path == tmp_path / "d"
+    assert ablation.AblationOptions(dir=Path("~/a")).dir == tmp_path / "a"
+    assert Benchmark(output=Path("~/o")).output == Growth(output=Path("~/o")).output == tmp_path / "o"
+    assert DataConfig(path=Path("hf:~/x")).path == Path("hf:~/x")  # for whoever opens it
+    assert DataConfig(path=Path("~nobody-here/x")).path == Path("~nobody-here/x")
+
+
+def test_a_tilde_without_a_home_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.path.expanduser", lambda path: str(path))
+    with pytest.raises(ConfigError, match="~/x: expected a home in place of ~"):
+        RunConfig(dir=Path("~/x"))
