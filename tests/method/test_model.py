@@ -108,9 +108,7 @@ def test_what_fails_in_the_backward_pass_alone_is_found_at_once(monkeypatch: pyt
             return features
 
     monkeypatch.setattr("reco_fast.method.model._create", lambda arch, size: Fails(3, 8, 3))
-    with pytest.raises(
-        ConfigError, match=r"--model.arch mine cannot take 32 px images: one of the variables"
-    ):
+    with pytest.raises(ConfigError, match=r"--model.arch mine cannot take 32 px images: one of the variables"):
         build_encoder(ModelConfig(arch="mine"), 32)
 
 
