@@ -114,6 +114,7 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
     else:
         say("pictures need matplotlib: pip install 'reco-fast[evaluate]'")
     name_bad_images(folder / "bad_images.txt", bad)
+    quarantine.tidy(folder)
     write_json(command.run_dir / "evaluation.json", result)
     return result
 

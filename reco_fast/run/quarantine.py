@@ -58,6 +58,13 @@ def leave_out(folder: Path, loader: LoaderKind, sources: Mapping[str, ImageSourc
     return lines
 
 
+def tidy(folder: Path) -> None:
+    """Remove the places for notes, where no process has left any."""
+    for place in sorted((folder / JOURNALS).glob("**/"), reverse=True):
+        with contextlib.suppress(OSError):
+            place.rmdir()
+
+
 def _without_effect(manifest: Path, left_out: int) -> list[str]:
     named = sum(line["reason"] is not None for line in manifest_lines(manifest))
     if named == left_out:

@@ -181,7 +181,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(WithPaths):
     train_path: Path | None = None
     """Images by class for the kNN evaluation's neighbours, where --data.path has no labels; with --data.val-path."""
     every: float = 10.0
@@ -191,6 +191,7 @@ class EvalConfig:
     knn_temperature: float = 0.1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(self.every > 0, "eval.every", self.every, "a number above 0")
         _require(self.knn_k >= 1, "eval.knn-k", self.knn_k, "1 or more")
         _require(self.knn_temperature > 0, "eval.knn-temperature", self.knn_temperature, "a number above 0")
