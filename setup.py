@@ -53,7 +53,7 @@ setup(
         "triton>=3.6; platform_system == 'Linux'",
         "timm>=1.0.15",
         "numpy>=1.26",
-        "pillow>=10",
+        "pillow>=11",
         "rich>=13.7",
         "safetensors>=0.5",
         "scikit-learn>=1.4",

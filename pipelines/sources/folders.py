@@ -1,6 +1,8 @@
 """A folder of images at any depth."""
 
+import errno
 import os
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,6 +29,11 @@ from reco_fast.pipelines.sources.labels import by_folder
 from reco_fast.pipelines.sources.shards import TarSource
 
 
+def _without_waiting(path: str, flags: int) -> int:
+    """An opener that does not wait for the other end of a pipe."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 class FolderSource(ImageSource):
     """Image files below a folder. Hidden files and folders (a leading dot) are passed over and links are followed.
     Labels are the folders of the first level where every image is inside one and there are at least two."""
@@ -38,7 +45,9 @@ class FolderSource(ImageSource):
         self.labels, self.classes, self.unlabelled = by_folder(names)
 
     def read(self, index: int) -> bytes:
-        with open(f"{self.root}/{self.names[index]}", "rb", buffering=0) as file:
+        with open(f"{self.root}/{self.names[index]}", "rb", buffering=0, opener=_without_waiting) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # a link may lead to anything
+                raise OSError(errno.EINVAL, "no ordinary file")
             return file.read()
 
     def stamp(self, index: int) -> tuple[int, int]:

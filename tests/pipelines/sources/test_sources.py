@@ -241,6 +241,19 @@ def test_evaluation_order_is_one_pass(world_size: int) -> None:
     assert seen == list(range(50))
 
 
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_link_to_no_ordinary_file_is_not_read(kind: str, tmp_path: Path) -> None:
+    """A pipe would be waited for; a device may have no end."""
+    (tmp_path / "images").mkdir()
+    place = Path("/dev/zero")
+    if kind == "pipe":
+        os.mkfifo(place := tmp_path / "pipe")
+    (tmp_path / "images" / "a.jpg").symlink_to(place)
+    source = open_source(tmp_path / "images")
+    with pytest.raises(OSError, match="no ordinary file"):
+        source.read(0)
+
+
 @pytest.mark.parametrize("count", [1, 7, 50, 90])
 def test_evaluation_order_of_a_part_is_evenly_chosen(count: int) -> None:
     chosen = np.concatenate([EvaluationOrder(50, 8, count=count, rank=r, world_size=2).batch(0)[1] for r in (0, 1)])
