@@ -2,11 +2,8 @@
 
 import ctypes
 import re
-import threading
 from collections import deque
-from collections.abc import Callable
-from queue import Empty, Full, Queue
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,27 +14,14 @@ from torch.utils.dlpack import from_dlpack
 
 from reco_fast.errors import DataError
 from reco_fast.pipelines.augmentations import Recipe, sample_parameters
-from reco_fast.pipelines.bad_images.journal import Journal
-from reco_fast.pipelines.base import (
-    LONGEST_WAIT,
-    POLL,
-    Batch,
-    Decoded,
-    ImageReader,
-    Loader,
-    OnBadImage,
-    Sample,
-    waited_too_long,
-)
+from reco_fast.pipelines.base import Batch, Decoded, ImageReader, Loader, OnBadImage, Sample
 from reco_fast.pipelines.dali_graph import graph, to_dali, view_inputs
 from reco_fast.pipelines.images import BadImage, to_ppm
 from reco_fast.pipelines.order import Order
+from reco_fast.pipelines.read_ahead import Prepared, ReadAhead
 from reco_fast.pipelines.sources.image_source import ImageSource
 
-_READERS = 8  # threads that wait for the file system
-_READ_AHEAD = 3  # batches of encoded images
 _DECODE_AHEAD = 2  # batches in DALI
-_LAST_WAIT = 10.0  # seconds for the read-ahead to end
 _CACHE_BYTES = 512 * 2**20  # a small data set is read and checked once
 _NO_MEMORY = re.compile(r"out of memory|Can't allocate|allocation failed|allocator failure|cudaErrorMemoryAllocation")
 
@@ -74,9 +58,9 @@ class DaliLoader(Loader):
             cache_bytes=_CACHE_BYTES if trains else 0,
         )
         self._bad = self._reader.bad
-        self._ahead = _ReadAhead(order, self._reader, first_step, self._prepare, self._journal)
-        self._again: deque[_Prepared] = deque()  # that the next pipeline begins with
-        self._in_flight: deque[_Prepared] = deque()
+        self._ahead = ReadAhead(order, self._reader, first_step, self._prepare, self._journal)
+        self._again: deque[Prepared] = deque()  # that the next pipeline begins with
+        self._in_flight: deque[Prepared] = deque()
         self._pipeline: Any = None
         self._takes_decoded = False  # its inputs
         self._with_decoded = False  # its outputs
@@ -135,7 +119,7 @@ class DaliLoader(Loader):
             return None
         return torch.cuda.current_device() if self._device.index is None else self._device.index
 
-    def _first(self) -> "_Prepared":
+    def _first(self) -> Prepared:
         """What the next pipeline will begin with."""
         if not self._again:
             self._again.append(self._ahead.take())
@@ -188,7 +172,7 @@ class DaliLoader(Loader):
         self._in_flight.append(self._again.popleft())
         return prepared.inputs
 
-    def _prepare(self, positions: NDArray[np.int64], images: list[Sample | None] | Decoded) -> "_Prepared":
+    def _prepare(self, positions: NDArray[np.int64], images: list[Sample | None] | Decoded) -> Prepared:
         content: Any
         samples: list[Sample] = []
         if isinstance(images, Decoded):
@@ -201,12 +185,12 @@ class DaliLoader(Loader):
             sizes = np.array([(s.place, s.height, s.width) for s in samples], np.int64).reshape(-1, 3)
             places, heights, widths = sizes.T.copy()
         if not len(places):
-            return _Prepared(positions, places, samples, [])
+            return Prepared(positions, places, samples, [])
         inputs = [to_dali(content)]
         for number, view in enumerate(self._recipe.views):
             parameters = sample_parameters(view, number, self._seed, positions, heights, widths)
             inputs.extend(map(to_dali, view_inputs(view, parameters, self._on_gpu).values()))
-        return _Prepared(positions, places, samples, inputs)
+        return Prepared(positions, places, samples, inputs)
 
     def _recover(self, error: Exception) -> None:
         """After a failed batch: give its images to Pillow, which decodes them or says which are bad, and do what was
@@ -238,119 +222,3 @@ class DaliLoader(Loader):
         if self._pipeline is not None:
             self._pipeline.__del__()  # there is no close(); its reference cycles would keep its threads until some gc
             self._pipeline = None
-
-
-class _Prepared(NamedTuple):
-    positions: NDArray[np.int64]
-    places: NDArray[np.int64]
-    samples: list[Sample]  # none of a batch that comes decoded
-    inputs: list[Any]  # of the graph, in its order
-    by_pillow: bool = False
-
-    @property
-    def nothing(self) -> bool:
-        return not len(self.places)
-
-    @property
-    def decoded(self) -> bool:
-        return not self.samples
-
-
-_Prepare = Callable[[NDArray[np.int64], list[Sample | None] | Decoded], _Prepared]
-
-
-class _ReadAhead:
-    """Reads and prepares the batches of an order, some ahead, in a thread."""
-
-    def __init__(
-        self,
-        order: Order,
-        reader: ImageReader,
-        first_step: int,
-        prepare: _Prepare,
-        journal: Journal,
-    ) -> None:
-        self._queue: Queue[_Prepared | BaseException] = Queue(_READ_AHEAD)
-        self._closing = threading.Event()
-        self._thread = threading.Thread(
-            target=self._read,
-            args=(order, reader, first_step, prepare, journal),
-            name="reco_fast read-ahead",
-            daemon=True,
-        )
-        self._thread.start()
-
-    @property
-    def closed(self) -> bool:
-        return self._closing.is_set()
-
-    def take(self) -> _Prepared:
-        """The next batch. Raises StopIteration after the last, or what reading it raised."""
-        for _ in range(round(LONGEST_WAIT / POLL)):
-            try:
-                item = self._queue.get(timeout=POLL)
-            except Empty:
-                continue
-            if isinstance(item, BaseException):
-                self._put(item)  # for whoever asks again
-                raise item
-            return item
-        raise waited_too_long()
-
-    def close(self) -> None:
-        self._closing.set()
-        self._thread.join(_LAST_WAIT)  # it may hang in the file system
-
-    def _read(
-        self,
-        order: Order,
-        reader: ImageReader,
-        step: int,
-        prepare: _Prepare,
-        journal: Journal,
-    ) -> None:
-        try:
-            while not self.closed and (order.steps is None or step < order.steps):
-                positions, indices = order.batch(step)
-                journal.begin(indices.tolist())
-                images: list[Sample | None] | Decoded | None = reader.decoded(positions, indices)
-                if images is None:
-                    images = _read_side_by_side(reader, list(zip(positions.tolist(), indices.tolist(), strict=True)))
-                self._put(prepare(positions, images))
-                step += 1
-            self._put(StopIteration())
-        except BaseException as error:
-            self._put(error)
-
-    def _put(self, item: _Prepared | BaseException) -> None:
-        while not self.closed:
-            try:
-                return self._queue.put(item, timeout=0.1)
-            except Full:
-                continue
-
-
-def _read_side_by_side(reader: ImageReader, asked: list[tuple[int, int]]) -> list[Sample | None]:
-    """What `reader.read` gives for each, in threads that wait for the file system. Those of a pool would be waited for
-    when the process ends, also where a file never comes."""
-    parts = [asked[first::_READERS] for first in range(min(_READERS, len(asked)))]
-    found: list[Sample | None] = [None] * len(asked)
-    errors: list[BaseException] = []
-
-    def read(first: int) -> None:
-        try:
-            found[first::_READERS] = [reader.read(*each) for each in parts[first]]
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [
-        threading.Thread(target=read, args=(first,), name="reco_fast reader", daemon=True)
-        for first in range(len(parts))
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    return found

@@ -18,7 +18,7 @@ from reco_fast.run.files import parse_json, read_json, read_text, write_text
 from reco_fast.run.run_folder import read_config
 from reco_fast.settings import command_line
 from reco_fast.settings.config import Config
-from reco_fast.settings.terminal import say
+from reco_fast.settings.terminal import show
 from reco_fast.settings.typed import WithPaths, one_line
 
 Bound = Literal["data", "compute", "memory", "launch", "communication"]
@@ -230,7 +230,7 @@ def report(command: ReportCommand) -> int:
     text = page(run, found, logged, config, verdict)
     write_text(run / "profile.txt", text)
     picture(found, logged, verdict, run / "profile.png")
-    say(text.rstrip("\n"))
+    show(text.rstrip("\n"))
     return 0
 
 

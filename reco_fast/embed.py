@@ -200,31 +200,33 @@ def compute(work: Work, parts: Parts) -> Meter:
         return meter
     part = Part(parts.steps)
     started = time.monotonic()
-    with (
-        open_evaluation_loader(work.data, source, order, device, precision, parts.steps) as loader,
-        progress(len(source), parts.images) as advance,
-    ):
-        try:
-            for step in range(parts.steps, order.steps):
-                with meter.waiting():
-                    batch = next(loader)
-                features = outputs(work.backbone, batch.views[0], precision).cpu().numpy()
-                _, wanted = order.batch(step)
-                places, bad = batch.indices.numpy(), {}
-                if len(places) < len(wanted):
-                    names, reasons = [source.names[i] for i in np.setdiff1d(wanted, places)], loader.bad_images
-                    bad = {name: reasons[name] for name in names}
-                part.add(features, places, bad)
-                advance(len(wanted))
-                meter.add(len(wanted))
-                if time.monotonic() - started > PART_SECONDS:
-                    parts.add(part)
-                    part = Part(step + 1)
-                    started = time.monotonic()
-        finally:
-            parts.add(part)
-            if parts.steps == 0 and not parts.notes():
-                parts.remove()
+    try:
+        with (
+            open_evaluation_loader(work.data, source, order, device, precision, parts.steps) as loader,
+            progress(len(source), parts.images) as advance,
+        ):
+            try:
+                for step in range(parts.steps, order.steps):
+                    with meter.waiting():
+                        batch = next(loader)
+                    features = outputs(work.backbone, batch.views[0], precision).cpu().numpy()
+                    _, wanted = order.batch(step)
+                    places, bad = batch.indices.numpy(), {}
+                    if len(places) < len(wanted):
+                        names, reasons = [source.names[i] for i in np.setdiff1d(wanted, places)], loader.bad_images
+                        bad = {name: reasons[name] for name in names}
+                    part.add(features, places, bad)
+                    advance(len(wanted))
+                    meter.add(len(wanted))
+                    if time.monotonic() - started > PART_SECONDS:
+                        parts.add(part)
+                        part = Part(step + 1)
+                        started = time.monotonic()
+            finally:
+                parts.add(part)
+    finally:
+        if parts.steps == 0 and not parts.notes():
+            parts.remove()
     warn_of(source)
     return meter
 

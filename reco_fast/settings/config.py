@@ -51,7 +51,8 @@ class DataConfig(WithPaths):
     workers: int = 0
     """Loader threads (DALI) or processes (torch) a rank; 0 means one for each core of this rank's share."""
     on_bad_image: Literal["skip", "raise"] = "skip"
-    """skip replaces a file that cannot be decoded by another image and lists it in bad_images.txt."""
+    """skip: another image stands in for a file that cannot be decoded, evaluations go without it, and bad_images.txt
+    lists it."""
     background: str = "white"
     """Colour behind transparent images: a name or #rrggbb."""
     range: Annotated[tuple[float, float] | None, tyro.conf.arg(metavar="LOW HIGH")] = None

@@ -48,14 +48,16 @@ codecs.register_error("reco_fast.spelt", _spell)
 
 
 def say(line: str) -> bool:
-    """Print `line`, unless it is empty, as far as stdout can show it: no control character of a file's name. Where its
-    reader has gone this returns False, once, and all that follows is dropped, so that the work goes on."""
-    if not line:
-        return True
-    line = one_line(line)
+    """`show` a line, unless it is empty; what file names bring along does not reach the terminal."""
+    return show(one_line(line)) if line else True
+
+
+def show(text: str) -> bool:
+    """Print `text` as far as stdout can show it. Where its reader has gone this returns False, once, and all that
+    follows is dropped, so that the work goes on."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
-        print(line.encode(encoding, "reco_fast.spelt").decode(encoding), flush=True)
+        print(text.encode(encoding, "reco_fast.spelt").decode(encoding), flush=True)
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.EIO):
             raise

@@ -126,8 +126,7 @@ def test_ctrl_c_in_a_command_is_one_line_and_130(capfd: pytest.CaptureFixture[st
     assert capfd.readouterr().err == "interrupted\n"
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
-def test_an_evaluation_is_kept_whatever_the_terminal_shows(encoding: str, tmp_path: Path) -> None:
+def test_an_evaluation_is_kept_whatever_the_terminal_shows(tmp_path: Path) -> None:
     from small_runs import write_classes
 
     from reco_fast import train
@@ -138,7 +137,7 @@ def test_an_evaluation_is_kept_whatever_the_terminal_shows(encoding: str, tmp_pa
     options = ["--data.loader", "torch", "--train.max-steps", "1", "--run.dir", str(tmp_path / "run")]
     train.train(*train.parse(["cifar10", *SMALL, *data, *options]))
     line = [sys.executable, "-m", "reco_fast.evaluate", str(tmp_path / "run"), "--device", "cpu"]
-    environment = {**ENVIRONMENT, "PYTHONIOENCODING": encoding}
+    environment = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(line, capture_output=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert b"tau = 0.1" in done.stdout

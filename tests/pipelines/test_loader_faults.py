@@ -54,7 +54,8 @@ def run_script(before: str, *arguments: object, prefix: tuple[str, ...] = ()) ->
 @both_loaders
 def test_a_file_that_never_comes_is_not_waited_for_without_end(kind: str, tmp_path: Path) -> None:
     write_pictures(tmp_path, 8)
-    before = "read = source.read; source.read = lambda index: time.sleep(10**6) if index == 5 else read(index)"
+    before = "from reco_fast.pipelines import read_ahead; read_ahead._LAST_WAIT = 1.0; " if kind == "dali" else ""
+    before += "read = source.read; source.read = lambda index: time.sleep(10**6) if index == 5 else read(index)"
     started = time.monotonic()
     shown, errors = run_script(before, kind, tmp_path, 32, 4)
     assert shown.startswith("no batch came within 0.05 minutes: the file system does not answer")

@@ -1,0 +1,135 @@
+"""Reads the coming batches of an order in threads, while DALI decodes those before."""
+
+import threading
+from collections.abc import Callable
+from queue import Empty, Full, Queue
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reco_fast.pipelines.bad_images.journal import Journal
+from reco_fast.pipelines.base import LONGEST_WAIT, POLL, Decoded, ImageReader, Sample, waited_too_long
+from reco_fast.pipelines.order import Order
+
+_READERS = 8  # threads that wait for the file system
+_READ_AHEAD = 3  # batches of encoded images
+_LAST_WAIT = 10.0  # seconds for the read-ahead to end
+
+
+class Prepared(NamedTuple):
+    """A batch as DALI is given it: `positions` in the stream and `places` in the source, each [n] int64."""
+
+    positions: NDArray[np.int64]
+    places: NDArray[np.int64]
+    samples: list[Sample]  # none of a batch that comes decoded
+    inputs: list[Any]  # of the graph, in its order
+    by_pillow: bool = False
+
+    @property
+    def nothing(self) -> bool:
+        return not len(self.places)
+
+    @property
+    def decoded(self) -> bool:
+        return not self.samples
+
+
+_Prepare = Callable[[NDArray[np.int64], list[Sample | None] | Decoded], Prepared]
+
+
+class ReadAhead:
+    """Reads and prepares the batches of an order, some ahead, in a thread."""
+
+    def __init__(
+        self,
+        order: Order,
+        reader: ImageReader,
+        first_step: int,
+        prepare: _Prepare,
+        journal: Journal,
+    ) -> None:
+        self._queue: Queue[Prepared | BaseException] = Queue(_READ_AHEAD)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(
+            target=self._read,
+            args=(order, reader, first_step, prepare, journal),
+            name="reco_fast read-ahead",
+            daemon=True,
+        )
+        self._thread.start()
+
+    @property
+    def closed(self) -> bool:
+        return self._closing.is_set()
+
+    def take(self) -> Prepared:
+        """The next batch. Raises StopIteration after the last, or what reading it raised."""
+        for _ in range(round(LONGEST_WAIT / POLL)):
+            try:
+                item = self._queue.get(timeout=POLL)
+            except Empty:
+                continue
+            if isinstance(item, BaseException):
+                self._put(item)  # for whoever asks again
+                raise item
+            return item
+        raise waited_too_long()
+
+    def close(self) -> None:
+        self._closing.set()
+        self._thread.join(_LAST_WAIT)  # it may hang in the file system
+
+    def _read(
+        self,
+        order: Order,
+        reader: ImageReader,
+        step: int,
+        prepare: _Prepare,
+        journal: Journal,
+    ) -> None:
+        try:
+            while not self.closed and (order.steps is None or step < order.steps):
+                positions, indices = order.batch(step)
+                journal.begin(indices.tolist())
+                images: list[Sample | None] | Decoded | None = reader.decoded(positions, indices)
+                if images is None:
+                    images = _read_side_by_side(reader, list(zip(positions.tolist(), indices.tolist(), strict=True)))
+                self._put(prepare(positions, images))
+                step += 1
+            self._put(StopIteration())
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: Prepared | BaseException) -> None:
+        while not self.closed:
+            try:
+                return self._queue.put(item, timeout=0.1)
+            except Full:
+                continue
+
+
+def _read_side_by_side(reader: ImageReader, asked: list[tuple[int, int]]) -> list[Sample | None]:
+    """What `reader.read` gives for each, in threads that wait for the file system. Those of a pool would be waited for
+    when the process ends, also where a file never comes."""
+    parts = [asked[first::_READERS] for first in range(min(_READERS, len(asked)))]
+    found: list[Sample | None] = [None] * len(asked)
+    errors: list[BaseException] = []
+
+    def read(first: int) -> None:
+        try:
+            found[first::_READERS] = [reader.read(*each) for each in parts[first]]
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [
+        threading.Thread(target=read, args=(first,), name="reco_fast reader", daemon=True)
+        for first in range(len(parts))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return found
