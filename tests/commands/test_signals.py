@@ -1,5 +1,6 @@
 """Signals: which let a run save itself, and Ctrl-C anywhere else."""
 
+import io
 import json
 import os
 import signal
@@ -9,9 +10,10 @@ from pathlib import Path
 
 import pytest
 from launchers import ENVIRONMENT
-from small_runs import SMALL, write_pictures
+from small_runs import SMALL, write_classes, write_pictures
 
-from reco_fast import distributed
+from reco_fast import distributed, evaluate, train
+from reco_fast.evaluation import pictures
 from reco_fast.settings import command_line
 
 LONG = "--run.log-every 1 --train.epochs 100000 --data.loader torch --data.workers 1".split()
@@ -126,21 +128,19 @@ def test_ctrl_c_in_a_command_is_one_line_and_130(capfd: pytest.CaptureFixture[st
     assert capfd.readouterr().err == "interrupted\n"
 
 
-def test_an_evaluation_is_kept_whatever_the_terminal_shows(tmp_path: Path) -> None:
-    from small_runs import write_classes
-
-    from reco_fast import train
-
+def test_an_evaluation_is_kept_whatever_the_terminal_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_classes(tmp_path / "train", 16)
     write_classes(tmp_path / "val", 4, seed=1)
     data = ["--data.path", str(tmp_path / "train"), "--data.val-path", str(tmp_path / "val")]
     options = ["--data.loader", "torch", "--train.max-steps", "1", "--run.dir", str(tmp_path / "run")]
-    train.train(*train.parse(["cifar10", *SMALL, *data, *options]))
-    line = [sys.executable, "-m", "reco_fast.evaluate", str(tmp_path / "run"), "--device", "cpu"]
+    run = train.train(*train.parse(["cifar10", *SMALL, *data, *options]))
+    monkeypatch.setattr(pictures, "available", lambda: False)  # they take long
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii"))
+    evaluate.evaluate(evaluate.EvaluateCommand(run, device="cpu"))
+    assert b"tau = 0.1" in written.getvalue()
+    assert json.loads((run / "evaluation.json").read_text())["knn_top1"] is not None
+    line = [sys.executable, "-m", "reco_fast.evaluate", "--help"]
     environment = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(line, capture_output=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    assert b"tau = 0.1" in done.stdout
-    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["knn_top1"] is not None
-    help_ = subprocess.run([*line[:3], "--help"], capture_output=True, env=environment, check=False)
+    help_ = subprocess.run(line, capture_output=True, env=environment, check=False)
     assert help_.returncode == 0, help_.stderr
