@@ -98,9 +98,10 @@ def _plain_jpeg(data: bytes) -> bytes:
     plain = _exif_segment(by_exif or by_xmp or 1) if has_exif or by_xmp is not None else b""
     if len(cuts) == 1 and data[slice(*cuts[0])] == plain:
         return data
-    kept = [0, *(place for cut in cuts for place in cut), len(data)]
-    rest = b"".join(data[begin:end] for begin, end in zip(kept[::2], kept[1::2], strict=True))
-    return rest[:2] + plain + rest[2:]
+    kept = [2, *(place for cut in cuts for place in cut), len(data)]
+    whole = memoryview(data)  # a camera's file of megabytes is copied once
+    rest = (whole[begin:end] for begin, end in zip(kept[::2], kept[1::2], strict=True))
+    return b"".join((whole[:2], plain, *rest))
 
 
 def _exif_segment(orientation: int) -> bytes:

@@ -15,11 +15,12 @@ _root = Path(__file__).resolve().parents[1]
 if (_root / "setup.py").is_file():
     __path__.append(str(_root))
 
-from reco_fast.settings import terminal  # noqa: E402 - from here on it is found
+from reco_fast.pipelines.sources import caches  # noqa: E402 - from here on it is found
+from reco_fast.settings import terminal  # noqa: E402
 
 if terminal.is_command():
     terminal.leave_at_interrupt()
-    terminal.find_caches()
+    caches.find_caches()
 
 if TYPE_CHECKING:
     from reco_fast.method.losses import ReCoLoss, ReCoLossOutput, reco_loss

@@ -27,7 +27,7 @@ from reco_fast.run.files import parse_json, read_text, write_text
 from reco_fast.run.run_folder import load_run
 from reco_fast.settings import command_line
 from reco_fast.settings.config import Config
-from reco_fast.settings.terminal import say
+from reco_fast.settings.terminal import say, show
 from reco_fast.settings.typed import WithPaths
 from reco_fast.train import train
 
@@ -148,7 +148,7 @@ def ablate(preset: str, command: AblationConfig) -> int:
                 results.append({**dataclasses.asdict(variant), "seed": seed, **outcome, "run": variant.name(seed)})
                 write_text(folder / "ablation.jsonl", "".join(json.dumps(line) + "\n" for line in results))
                 write_text(folder / "ablation.md", table(results))
-    say(table(results).rstrip("\n"))
+    show(table(results).rstrip("\n"))
     draw_curves(folder, results)
     return 0
 

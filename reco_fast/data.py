@@ -40,7 +40,7 @@ class LabelledData(NamedTuple):
 
 def open_images(path: Path, data: DataConfig, rules: Rules = NOW) -> ImageSource:
     """What is at `path`, to be decoded as `data` says. Raises DataError."""
-    source = open_source(path) if rules == NOW else open_source(path, rules)
+    source = open_source(path, rules)
     red, green, blue = ImageColor.getrgb(data.background)[:3]
     source.decoding = Decoding((red, green, blue), data.range)
     return source

@@ -1,12 +1,21 @@
-"""Processes as torchrun starts them."""
+"""Processes as tests start them, and as torchrun does."""
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
-__all__ = ["ENVIRONMENT", "torchrun", "torchrun_line"]
+__all__ = ["ENVIRONMENT", "environment_with", "torchrun", "torchrun_line"]
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # ranks that share these cores
+
+
+def environment_with(folder: Path, module: str, source: str) -> dict[str, str]:
+    """`ENVIRONMENT` of processes that find the Python `module` with this source, which is put into `folder`."""
+    folder.mkdir()
+    (folder / f"{module}.py").write_text(source)
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    return {**ENVIRONMENT, "PYTHONPATH": path}
 
 
 def torchrun_line(*arguments: object, ranks: int = 2) -> list[str]:

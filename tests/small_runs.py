@@ -1,6 +1,9 @@
 """Runs that take seconds: the flags of a small model on a CPU, and folders of images to train on."""
 
+import io
 import json
+import tarfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +11,7 @@ import numpy as np
 from odd_images import picture
 from PIL import Image
 
-__all__ = ["PROFILED_STEPS", "SMALL", "metrics", "write_classes", "write_pictures"]
+__all__ = ["PROFILED_STEPS", "SMALL", "metrics", "write_classes", "write_pictures", "write_tar"]
 
 SMALL = (
     "--model.arch timm/test_resnet --model.stem standard --model.bank-size 32 --model.projection-dim 16 "
@@ -36,6 +39,17 @@ def write_pictures(folder: Path, count: int, suffix: str = ".jpg") -> Path:
     for number in range(count):
         picture(seed=number).save(folder / f"{number:02d}{suffix}")
     return folder
+
+
+def write_tar(path: Path, members: Mapping[str, bytes] | Iterable[tuple[str, bytes]]) -> Path:
+    """Makes a shard, and its folder, of these members in this order; as pairs, there may be several of one name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items() if isinstance(members, Mapping) else members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

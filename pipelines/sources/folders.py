@@ -10,21 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reco_fast.errors import DataError
+from reco_fast.pipelines.sources import kinds
 from reco_fast.pipelines.sources.image_source import ImageSource, stamp_of
-from reco_fast.pipelines.sources.kinds import (
-    HIDDEN,
-    IMAGE_SUFFIXES,
-    NO_FILE,
-    NO_SUFFIX,
-    NOW,
-    START,
-    PassedOver,
-    Rules,
-    is_rubbish,
-    is_tool_folder,
-    kind_by_start,
-    suffix_of,
-)
+from reco_fast.pipelines.sources.kinds import NOW, PassedOver, Rules
 from reco_fast.pipelines.sources.labels import by_folder
 from reco_fast.pipelines.sources.shards import TarSource
 
@@ -91,13 +79,13 @@ def open_folder(root: Path, rules: Rules = NOW) -> ImageSource:
 def _keep_classes(listing: "_Listing") -> None:
     """What only its first bytes, or pillow-heif, make an image does not cost the folders beside it their labels."""
     beside = [name for name in listing.names if "/" not in name]
-    if not beside or any(suffix_of(name) in IMAGE_SUFFIXES for name in beside):
+    if not beside or any(kinds.suffix_of(name) in kinds.IMAGE_SUFFIXES for name in beside):
         return
     inside = [name for name in listing.names if "/" in name]
     if inside and by_folder(inside).numbers is not None:
         listing.names = inside
         for name in beside:
-            listing.passed_over.add(suffix_of(name) or NO_SUFFIX, name)
+            listing.passed_over.add(kinds.suffix_of(name) or kinds.NO_SUFFIX, name)
 
 
 class _Listing:
@@ -128,10 +116,10 @@ class _Listing:
             with os.scandir(f"{self._root}/{below}") as entries:
                 for entry in entries:
                     if entry.name.startswith("."):
-                        if not is_rubbish(entry.name):
-                            self.passed_over.add(HIDDEN, below + entry.name)
+                        if not kinds.is_rubbish(entry.name):
+                            self.passed_over.add(kinds.HIDDEN, below + entry.name)
                     elif entry.is_dir():
-                        if is_tool_folder(entry.name) and not self._rules.tools:
+                        if kinds.is_tool_folder(entry.name) and not self._rules.tools:
                             self.passed_over.add(f"{entry.name}/", f"{below}{entry.name}/")
                         else:
                             folders.append(f"{below}{entry.name}/")
@@ -147,7 +135,7 @@ class _Listing:
         suffix = os.path.splitext(entry.name)[1].lower()
         is_file = entry.is_file()
         if not is_file and not entry.is_symlink():
-            self.passed_over.add(NO_FILE, below + entry.name)  # reading it could wait for ever
+            self.passed_over.add(kinds.NO_FILE, below + entry.name)  # reading it could wait for ever
         elif self._rules.takes(suffix):  # a broken link too: it is met, and named, as a bad image
             self.names.append(below + entry.name)
             if is_file and entry.is_symlink():
@@ -155,12 +143,12 @@ class _Listing:
                 self._linked.add((status.st_dev, status.st_ino))
         elif suffix == ".tar":
             self.shards.append(below + entry.name)
-        elif not is_rubbish(entry.name):
-            kind = suffix_of(entry.name)
+        elif not kinds.is_rubbish(entry.name):
+            kind = kinds.suffix_of(entry.name)
             if not kind and is_file and self._rules.first_bytes:
                 self._without_suffix.append(below + entry.name)
             else:
-                self.passed_over.add(kind or NO_SUFFIX, below + entry.name)
+                self.passed_over.add(kind or kinds.NO_SUFFIX, below + entry.name)
 
     def _look_inside(self) -> None:
         """Which files without a suffix are images."""
@@ -170,8 +158,8 @@ class _Listing:
         step = 1 + len(names) // 256
         with ThreadPoolExecutor(16) as pool:  # a network file system answers many questions at once
             parts = pool.map(self._kinds, (names[first : first + step] for first in range(0, len(names), step)))
-            kinds = [kind for part in parts for kind in part]
-        for name, kind in zip(names, kinds, strict=True):
+            found = [kind for part in parts for kind in part]
+        for name, kind in zip(names, found, strict=True):
             if kind:
                 self.passed_over.add(kind, name)
             elif kind is not None:
@@ -183,10 +171,10 @@ class _Listing:
     def _kind(self, name: str) -> str | None:
         """As what it is passed over: "" for an image; None for one to which a link has led already."""
         try:
-            with open(os.open(f"{self._root}/{name}", os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
+            with open(f"{self._root}/{name}", "rb", buffering=0, opener=_without_waiting) as file:
                 status = os.fstat(file.fileno())
                 if (status.st_dev, status.st_ino) in self._linked:
                     return None
-                return kind_by_start(file.read(START), self._rules)
+                return kinds.kind_by_start(file.read(kinds.START), self._rules)
         except OSError:
-            return NO_SUFFIX
+            return kinds.NO_SUFFIX

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from reco_fast.errors import DataError
-from reco_fast.pipelines.sources.image_source import cache_folder
+from reco_fast.pipelines.sources.caches import cache_folder
 
 VERSION = 1  # of the drawing code: change it and every cache is written anew
 SIZE = 40  # pixels a side
@@ -78,7 +78,7 @@ def generate(cache_dir: Path | None = None) -> tuple[Path, Path]:
     """The folders of training and validation images, by class; written on the first call, which takes seconds.
 
     Args:
-        cache_dir: where to keep them; None for `sources.cache_folder()`.
+        cache_dir: where to keep them; None for `cache_folder()`.
 
     Raises:
         DataError: the cache folder cannot be written.

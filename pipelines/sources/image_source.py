@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import tempfile
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -125,19 +124,3 @@ def stamp_of(path: str) -> tuple[int, int]:
     except OSError:
         return -1, 0
     return status.st_size, status.st_mtime_ns
-
-
-def cache_folder(wanted: str = "") -> Path:
-    """Where things are kept that can be had again: `$XDG_CACHE_HOME/reco_fast` or `~/.cache/reco_fast`; where this has
-    nothing called `wanted` and cannot be written, a temporary folder of this user's."""
-    home = os.path.expanduser("~")
-    if home != "~" or os.environ.get("XDG_CACHE_HOME"):
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or f"{home}/.cache") / "reco_fast"
-        nearest = next(place for place in (folder, *folder.parents) if os.path.exists(place))
-        if (wanted and (folder / wanted).is_dir()) or os.access(nearest, os.W_OK | os.X_OK):
-            return folder
-    folder = Path(tempfile.gettempdir()) / f"reco_fast-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.is_symlink() or folder.stat().st_uid != os.getuid():  # somebody else was there first
-        return Path(tempfile.mkdtemp(prefix="reco_fast-"))
-    return folder

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torchvision.datasets.utils import download_url
 
 from reco_fast.errors import DataError
-from reco_fast.pipelines.sources.image_source import ImageSource, cache_folder, stamp_of
+from reco_fast.pipelines.sources.caches import cache_folder
+from reco_fast.pipelines.sources.image_source import ImageSource, stamp_of
 
 
 @dataclass(frozen=True)

@@ -15,22 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reco_fast.errors import DataError
+from reco_fast.pipelines.sources import kinds
 from reco_fast.pipelines.sources.image_source import ImageSource, stamp_of
-from reco_fast.pipelines.sources.kinds import (
-    HIDDEN,
-    LINK,
-    NO_FILE,
-    NO_SUFFIX,
-    NOW,
-    SECOND,
-    START,
-    PassedOver,
-    Rules,
-    is_rubbish,
-    is_tool_folder,
-    kind_by_start,
-    suffix_of,
-)
+from reco_fast.pipelines.sources.kinds import NOW, PassedOver, Rules
 from reco_fast.pipelines.sources.labels import by_folder, by_text
 
 LONGEST_CLASS = 256  # bytes of a `.cls` member
@@ -135,7 +122,7 @@ class _Images:
         for member in members:
             name = f"{shard}/{member.name}"
             if not member.plain and member.key in plain:  # `key.mask.png` is no sample beside `key.jpg`
-                self.passed_over.add(SECOND, name)
+                self.passed_over.add(kinds.SECOND, name)
                 continue
             self.names.append(name)
             self.inside.append(member.name)
@@ -183,18 +170,18 @@ def _index_shard(path: Path, shard: str, rules: Rules, passed_over: PassedOver) 
 
 def _kind(file: FileIO, member: tarfile.TarInfo, base: str, rules: Rules) -> str | None:
     """As what a member is passed over: "" for an image, which is not; None where it is not worth a word."""
-    if member.isdir() or (member.isfile() and is_rubbish(base)):
+    if member.isdir() or (member.isfile() and kinds.is_rubbish(base)):
         return None
     if not member.isfile():
-        return LINK if member.islnk() or member.issym() else NO_FILE
+        return kinds.LINK if member.islnk() or member.issym() else kinds.NO_FILE
     if base.startswith("."):
-        return HIDDEN
+        return kinds.HIDDEN
     if rules.takes(f".{base.rpartition('.')[2].lower()}") and "." in base:
         return ""
-    suffix = suffix_of(base)
+    suffix = kinds.suffix_of(base)
     if suffix or not rules.first_bytes:
-        return suffix or NO_SUFFIX
-    return kind_by_start(_start(file, member, START), rules)
+        return suffix or kinds.NO_SUFFIX
+    return kinds.kind_by_start(_start(file, member, kinds.START), rules)
 
 
 def _start(file: FileIO, member: tarfile.TarInfo, count: int) -> bytes:
@@ -205,10 +192,10 @@ def _start(file: FileIO, member: tarfile.TarInfo, count: int) -> bytes:
 def _set_aside(folder: str) -> str:
     """As what images in this folder of a shard are passed over where there are others; "": they are not."""
     for part in folder.split("/"):
-        if is_tool_folder(part):
+        if kinds.is_tool_folder(part):
             return f"{part}/"
         if part.startswith(".") and part not in (".", ".."):
-            return HIDDEN
+            return kinds.HIDDEN
     return ""
 
 

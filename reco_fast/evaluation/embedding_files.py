@@ -19,6 +19,7 @@ from reco_fast.pipelines.images import decode_image
 from reco_fast.pipelines.sources.image_source import ImageSource
 from reco_fast.run import quarantine
 from reco_fast.run.files import whole_file, write_text
+from reco_fast.settings.terminal import say
 from reco_fast.settings.typed import one_line
 
 PROJECTOR_IMAGES = 5000  # TensorBoard's Projector becomes slow above
@@ -183,7 +184,7 @@ def write_projector(folder: Path, found: Embeddings, source: ImageSource, *, wor
         raise ConfigError(
             f"--projector: expected a folder that can be written, got {folder} ({error.strerror})"
         ) from None
-    print(f"tensorboard --logdir {folder} shows {len(rows):,} of them in its Projector tab")
+    say(f"tensorboard --logdir {folder} shows {len(rows):,} of them in its Projector tab")
 
 
 def name_bad_images(path: Path, bad: dict[str, str]) -> None:
@@ -192,7 +193,8 @@ def name_bad_images(path: Path, bad: dict[str, str]) -> None:
     if bad:
         lines = [f"{one_line(printable(name))}\t{one_line(reason)}\n" for name, reason in sorted(bad.items())]
         write_text(path, "".join(lines))
-        print(f"left out as unreadable: {len(bad)}, named in {path}, such as {lines[0].rstrip()}")
+        name, _, reason = lines[0].rstrip().partition("\t")
+        say(f"left out as unreadable: {len(bad)}, named in {path}, such as {name}: {reason}")
 
 
 def paths(found: Embeddings, source: ImageSource) -> list[str]:

@@ -38,28 +38,27 @@ def build_encoder(config: ModelConfig, image_size: int) -> Encoder:
     Where it does not fit behind the small stem, `--model.stem auto` keeps its own, and `note` says so.
     """
     small = config.stem == "small" or (config.stem == "auto" and image_size <= SMALL_IMAGE)
-    before, note = torch.get_rng_state(), None
-    backbone = _create(config.arch, image_size)
-    changed = small and _use_small_stem(backbone)
-    try:
-        width = _feature_dim(backbone, image_size)
-    except Exception as error:  # whatever a third-party backbone raises, the user's mistake is the pairing
-        if not changed:
-            raise _misfit(config.arch, image_size, error) from None
-        torch.set_rng_state(before)  # the weights are those of --model.stem standard
+    before, refused = torch.get_rng_state(), ""
+    for shrink in (True, False) if small else (False,):
+        torch.set_rng_state(before)  # or the second try would have other weights than --model.stem standard
         backbone = _create(config.arch, image_size)
+        changed = shrink and _use_small_stem(backbone)
         try:
             width = _feature_dim(backbone, image_size)
-        except Exception as own:
-            raise _misfit(config.arch, image_size, own) from None
-        reason = _first_line(error)
-        if config.stem == "small":
-            raise ConfigError(
-                f"--model.stem: expected auto or standard for {config.arch} at {image_size} px, got small ({reason})"
-            ) from None
-        note = f"{config.arch} keeps its own stem: behind the small one it cannot take {image_size} px images: {reason}"
+            break
+        except Exception as error:  # whatever a third-party backbone raises, the user's mistake is the pairing
+            if not changed:
+                raise _misfit(config.arch, image_size, error) from None
+            refused = _first_line(error)
+    if refused and config.stem == "small":
+        raise ConfigError(
+            f"--model.stem: expected auto or standard for {config.arch} at {image_size} px, got small ({refused})"
+        )
     encoder = Encoder(backbone, width, config.projection_dim).train()
-    encoder.note = note
+    if refused:
+        encoder.note = (
+            f"{config.arch} keeps its own stem: behind the small one it cannot take {image_size} px images: {refused}"
+        )
     return encoder
 
 
@@ -116,16 +115,13 @@ def _create(arch: str, image_size: int) -> nn.Module:
         return _without_classifier(torchvision.models.get_model(name, weights=None, **torchvision_options(name)))
     if library in ("", "timm") and timm.is_model(name):
         # Transformers are built for one image size; convolutional nets do not take the argument.
-        try:
-            return timm.create_model(name, pretrained=False, num_classes=0, img_size=image_size)
-        except TypeError:
-            pass
-        except Exception as error:  # whatever a third-party constructor raises
-            raise _misfit(arch, image_size, error) from None
-        try:
-            return timm.create_model(name, pretrained=False, num_classes=0)
-        except Exception as error:
-            raise _misfit(arch, image_size, error) from None
+        candidates: tuple[dict[str, Any], ...] = ({"img_size": image_size}, {})
+        for options in candidates:
+            try:
+                return timm.create_model(name, pretrained=False, num_classes=0, **options)
+            except Exception as error:  # whatever a third-party constructor raises
+                if not (options and isinstance(error, TypeError)):
+                    raise _misfit(arch, image_size, error) from None
     names = torchvision.models.list_models(module=torchvision.models) + timm.list_models()
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {close[0]}?" if close else "such as resnet18, resnet50 or timm/convnext_tiny"

@@ -1,14 +1,11 @@
-"""Where a command was started: what its terminal can show, how it is interrupted, and where its user may write."""
+"""Where a command was started: what its terminal can show, and how it is interrupted."""
 
 import codecs
 import errno
 import os
-import pwd
 import re
 import signal
-import stat
 import sys
-import tempfile
 import unicodedata
 from pathlib import Path
 from types import FrameType
@@ -74,47 +71,10 @@ def drop_output() -> None:
 
 
 def prepare_command() -> None:
-    """What every command needs first: output in any encoding, caches that can be written."""
+    """What every command needs first: output in any encoding."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a test's or a notebook's may have none
             stream.reconfigure(errors="reco_fast.spelt")
-    find_caches()
-
-
-def find_caches() -> None:
-    """Give a user without an account a name, and caches a temporary folder where there is no home, or none that can be
-    written: PyTorch, Triton, matplotlib and `datasets` fail without."""
-    try:
-        pwd.getpwuid(os.getuid())
-    except KeyError:
-        os.environ.setdefault("LOGNAME", f"uid{os.getuid()}")  # getpass.getuser looks there first
-    if os.path.expanduser("~") == "~":
-        os.environ["HOME"] = os.fspath(own_temporary())
-    if not os.environ.get("XDG_CACHE_HOME") and not _can_appear(Path.home() / ".cache"):
-        os.environ["XDG_CACHE_HOME"] = os.fspath(own_temporary())
-    triton = Path(os.environ.get("TRITON_HOME") or Path.home()) / ".triton" / "cache"
-    if not os.environ.get("TRITON_CACHE_DIR") and not (_can_appear(triton) and os.access(_nearest(triton), os.W_OK)):
-        os.environ["TRITON_CACHE_DIR"] = os.fspath(own_temporary() / "triton")
-
-
-def _can_appear(folder: Path) -> bool:
-    """Whether it is there, or can be made."""
-    nearest = _nearest(folder)
-    return nearest == folder or os.access(nearest, os.W_OK | os.X_OK)
-
-
-def _nearest(folder: Path) -> Path:
-    return next(place for place in (folder, *folder.parents) if os.path.exists(place))
-
-
-def own_temporary() -> Path:
-    """A folder of this user's alone, the same one for each command."""
-    folder = Path(tempfile.gettempdir()) / f"reco_fast-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    status = folder.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():  # somebody else was there first
-        return Path(tempfile.mkdtemp(prefix="reco_fast-"))
-    return folder
 
 
 def is_command() -> bool:

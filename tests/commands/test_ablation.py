@@ -111,7 +111,7 @@ def test_the_budget_of_seconds_gives_faster_methods_more_epochs() -> None:
 
 
 def test_the_budget_of_seconds_follows_the_budget_of_epochs(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The training is a stand-in, in which MoCo takes half as long."""
     trained: list[tuple[str, int, int]] = []
@@ -128,6 +128,7 @@ def test_the_budget_of_seconds_follows_the_budget_of_epochs(
     lines = ablate(images, tmp_path, "--ablation.methods", "moco", "both", "--ablation.seeds", 0, 1)
     assert trained == [("moco", 1, 0), ("reco", 1, 0), ("moco", 1, 1), ("reco", 1, 1), ("moco", 2, 0), ("moco", 2, 1)]
     assert [line["budget"] for line in lines] == 4 * ["epochs"] + 2 * ["seconds"]
+    assert table(lines) in capsys.readouterr().out  # a line each
 
 
 def test_the_table_has_means_and_ranges() -> None:

@@ -11,6 +11,7 @@ from small_runs import SMALL, metrics, write_classes
 from reco_fast import embed, evaluate, train
 from reco_fast.errors import DataError
 from reco_fast.evaluation import pictures
+from reco_fast.pipelines.base import LoaderKind
 from reco_fast.settings.config import DataConfig
 
 BAD = [b"text", b"", *deceiving_images().values()]
@@ -27,7 +28,7 @@ def spoilt(folder: Path, seed: int) -> tuple[Path, dict[str, Path]]:
 
 @both_loaders
 def test_accuracies_are_those_without_the_bad_files(
-    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    kind: LoaderKind, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pictures, "available", lambda: False)  # they take long
     (images, bad), (held_out, val_bad) = spoilt(tmp_path / "train", 0), spoilt(tmp_path / "val", 1)
@@ -38,7 +39,7 @@ def test_accuracies_are_those_without_the_bad_files(
         return metrics(train.train(*train.parse([*line, str(tmp_path / run)])))[0]["knn_top1"]
 
     def evaluation() -> dict[str, object]:
-        data = DataConfig(path=images, val_path=held_out, loader=kind)  # type: ignore[arg-type]
+        data = DataConfig(path=images, val_path=held_out, loader=kind)
         return evaluate.evaluate(evaluate.EvaluateCommand(tmp_path / "bad", data))
 
     with_bad = knn_at_the_start("bad")
@@ -68,18 +69,18 @@ def test_accuracies_are_those_without_the_bad_files(
 
 
 @both_loaders
-def test_where_all_are_bad_no_accuracy_is_made_up(kind: str, tmp_path: Path) -> None:
+def test_where_all_are_bad_no_accuracy_is_made_up(kind: LoaderKind, tmp_path: Path) -> None:
     images, bad = spoilt(tmp_path / "train", 0)
     line = ["cifar10", "--data.path", str(images), *SMALL, "--train.max-steps", "1", "--data.loader", kind]
     run = train.train(*train.parse([*line, "--run.dir", str(tmp_path / "run")]))
     for path in set(images.rglob("*.jpg")) - set(bad.values()):
         path.unlink()
-    data = DataConfig(path=images, loader=kind)  # type: ignore[arg-type]
+    data = DataConfig(path=images, loader=kind)
     with pytest.raises(DataError, match=r"^no image can be used, e\.g\. dark/\d+-bad\.jpg: "):
         evaluate.evaluate(evaluate.EvaluateCommand(run, data))
     with pytest.raises(DataError, match=r"^no image can be used, e\.g\. dark/\d+-bad\.jpg: "):
         embed.embed_images(run, images)
-    command = embed.EmbedCommand(run, tmp_path / "f.npz", embed.ImagesConfig(path=images, loader=kind))  # type: ignore[arg-type]
+    command = embed.EmbedCommand(run, tmp_path / "f.npz", embed.ImagesConfig(path=images, loader=kind))
     with pytest.raises(DataError, match="no image can be used"):
         embed.embed(command)
     assert not list(tmp_path.glob("f.npz*"))

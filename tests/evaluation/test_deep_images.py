@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,16 +66,16 @@ def test_a_card_reads_them_as_the_loader_does(
     export.export(export.ExportCommand(run, "timm", images.parent / "b.pth"))
     (code,) = re.findall(r"```python\n(.*?)```", (images.parent / "b.pth.md").read_text(encoding="utf-8"), re.DOTALL)
     monkeypatch.chdir(images.parent)
-    names: dict[str, object] = {}
+    names: dict[str, Any] = {}
     (images.parent / "photo.jpg").write_bytes((images / "a" / "0.png").read_bytes())
     exec(code, names)
     decoding = Decoding((16, 192, 32), (0, 4095)) if more else Decoding()
     for path, ours in zip(found.paths, found.features, strict=True):
-        square = names["prepare"](images / path)  # type: ignore[operator]
-        features = names["model"](square[None])  # type: ignore[operator]
+        square = names["prepare"](images / path)
+        features = names["model"](square[None])
         np.testing.assert_allclose(np.asarray(features)[0], ours, rtol=0, atol=1e-4)
-        shallow, _ = names["eight_bits"](Image.open(images / path), images / path, decoding.range)  # type: ignore[operator]
-        theirs = np.asarray(names["over"](shallow, decoding.background))  # type: ignore[operator]
+        shallow, _ = names["eight_bits"](Image.open(images / path), images / path, decoding.range)
+        theirs = np.asarray(names["over"](shallow, decoding.background))
         assert np.array_equal(theirs, np.asarray(decode_image((images / path).read_bytes(), decoding)))
 
 

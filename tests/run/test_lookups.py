@@ -1,15 +1,13 @@
 """What the manifest and the quarantine say is found in every kind of source, in whatever order its names come."""
 
-import io
 import os
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from odd_images import encode, picture
-from small_runs import SMALL, metrics, write_pictures
+from small_runs import SMALL, metrics, write_pictures, write_tar
 
 from reco_fast import check_images, train
 from reco_fast.pipelines.sources.image_source import ImageSource, PackedNames
@@ -19,16 +17,6 @@ from reco_fast.run.files import write_json
 from reco_fast.settings.config import DataConfig
 
 UNSORTED = ("b.jpg", "a.jpg", "z/c.jpg", "d.jpg", "ünï.jpg", "B.jpg", "10.jpg", "9.jpg")
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return path
 
 
 def folder(root: Path) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from launchers import environment_with
 from loading import LOADERS
 from odd_images import bad_images, encode, picture
 from small_runs import SMALL, metrics, write_classes, write_pictures
@@ -90,10 +91,7 @@ def make_deadly(path: Path) -> None:
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(SITECUSTOMIZE)
-    path = os.pathsep.join(filter(None, [str(tmp_path / "site"), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return environment_with(tmp_path / "site", "sitecustomize", SITECUSTOMIZE)
 
 
 @pytest.mark.parametrize("loader", LOADERS)

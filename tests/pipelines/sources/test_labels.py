@@ -1,10 +1,9 @@
 """Classes of images in folders and shards, and what is said where there are none."""
 
-import io
-import tarfile
 from pathlib import Path
 
 import pytest
+from small_runs import write_tar
 
 from reco_fast.pipelines.sources.image_source import ImageSource
 from reco_fast.pipelines.sources.open import open_source
@@ -18,12 +17,7 @@ def folder(root: Path, *names: str) -> ImageSource:
 
 
 def shard(root: Path, content: dict[str, bytes]) -> ImageSource:
-    with tarfile.open(root / "s.tar", "w") as tar:
-        for name, data in content.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return open_source(root / "s.tar")
+    return open_source(write_tar(root / "s.tar", content))
 
 
 @pytest.mark.parametrize(

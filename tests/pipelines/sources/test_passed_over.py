@@ -1,7 +1,6 @@
 """What lies among images: what is taken, what is passed over, and that it is said in one line."""
 
 import importlib.util
-import io
 import os
 import subprocess
 import sys
@@ -9,8 +8,9 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from launchers import environment_with
 from odd_images import encode, picture
-from small_runs import SMALL
+from small_runs import SMALL, write_tar
 
 from reco_fast.errors import DataError
 from reco_fast.pipelines import images
@@ -44,10 +44,7 @@ def no_heif(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def stub(tmp_path: Path) -> dict[str, str]:
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "pillow_heif.py").write_text(STUB)
-    path = os.pathsep.join(filter(None, [str(tmp_path / "site"), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return environment_with(tmp_path / "site", "pillow_heif", STUB)
 
 
 def write(root: Path, content: dict[str, bytes]) -> Path:
@@ -55,15 +52,6 @@ def write(root: Path, content: dict[str, bytes]) -> Path:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(data)
     return root
-
-
-def write_tar(path: Path, content: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, data in content.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return path
 
 
 def test_what_a_folder_holds_beside_images_is_said_in_one_line(tmp_path: Path) -> None:

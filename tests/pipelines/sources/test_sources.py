@@ -1,14 +1,13 @@
 """Folders and tar shards: what is found, in which order, with which labels, and what is said when there is nothing."""
 
-import io
 import os
-import tarfile
 import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from small_runs import write_tar
 
 from reco_fast.errors import DataError
 from reco_fast.pipelines.order import EvaluationOrder, TrainingOrder
@@ -23,15 +22,6 @@ def write(folder: Path, *names: str) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"bytes of " + os.fsencode(name))
     return folder
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
 
 
 def test_a_folder_with_classes(tmp_path: Path) -> None:
