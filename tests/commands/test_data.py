@@ -5,15 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import write_pictures
+from small_runs import write_classes, write_pictures
 
 from reco_fast import distributed
-from reco_fast.data import open_evaluation_loader, open_training_loader
+from reco_fast.data import open_data, open_evaluation_loader, open_training_loader
 from reco_fast.errors import DataError
 from reco_fast.pipelines.base import Loader
 from reco_fast.pipelines.order import EvaluationOrder, TrainingOrder
+from reco_fast.pipelines.pixels import Decoding
 from reco_fast.pipelines.sources.open import open_source
-from reco_fast.settings.config import Config, DataConfig, TrainConfig
+from reco_fast.settings.config import Config, DataConfig, EvalConfig, TrainConfig
 
 CPU = torch.device("cpu")
 DATA = DataConfig(image_size=16, loader="torch", workers=1)
@@ -50,3 +51,15 @@ def test_a_bad_image_is_passed_over_or_ends_the_run_as_configured(tmp_path: Path
         assert list(loader.bad_images) == ["03.jpg"]
     with opened("raise") as loader, pytest.raises(DataError, match=r"03\.jpg"):
         next(loader)
+
+
+def test_all_images_of_a_run_are_decoded_as_configured(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "photos", 8)
+    write_classes(tmp_path / "train", 4)
+    write_classes(tmp_path / "val", 4)
+    data = DataConfig(path=tmp_path / "photos", val_path=tmp_path / "val", background="red", range=(0, 9))
+    config = Config(data=data, eval=EvalConfig(train_path=tmp_path / "train"), train=TrainConfig(batch_size=8))
+    _, source, labelled = open_data(config)
+    assert labelled is not None
+    for images in (source, labelled.train, labelled.val):
+        assert images.decoding == Decoding((255, 0, 0), (0, 9))

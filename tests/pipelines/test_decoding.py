@@ -1,6 +1,7 @@
 """What Pillow decodes for both loaders: transparency, more than 8 bits, and EXIF of all kinds."""
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -358,3 +359,17 @@ def test_a_tiff_loses_tags_of_impossible_types() -> None:
         assert np.array_equal(decoded(data)[0], turned(picture(), 6))
     whole = tiff(rgb, t274=(3, 6))
     assert plain_exif(whole) is whole
+
+
+def test_of_a_jpeg_nothing_but_exif_and_further_pictures_goes() -> None:
+    """Wherever they stand among its segments; a file that holds no more than that is not copied."""
+    jpeg = encode(picture(), "JPEG")
+    assert jpeg[2:4] == b"\xff\xe0"
+    first = 4 + int.from_bytes(jpeg[4:6])  # behind JFIF
+    comment, further = b"\xff\xfe\x00\x07hello", b"\xff\xe2\x00\x08MPF\0xx"
+    exif, useless = (with_exif(b"", b"Exif\0\0" + body) for body in (exif_of((0x0112, 3, 1, 6)), b"nothing"))
+    found = plain_exif(jpeg[:first] + useless + comment + exif + further + jpeg[first:])
+    (segment,) = re.findall(rb"\xff\xe1..Exif.{28}", found[:64], re.DOTALL)
+    assert found == jpeg[:2] + segment + jpeg[2:first] + comment + jpeg[first:]
+    assert decode_image(found).size == (40, 60)
+    assert plain_exif(found) is found

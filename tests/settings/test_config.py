@@ -111,6 +111,7 @@ def test_a_tilde_is_the_home_wherever_a_path_is_given(tmp_path: Path, monkeypatc
     assert (config.run.dir, config.data.manifest) == (tmp_path / "a", tmp_path / "b")
     assert (config.data.path, config.data.val_path) == (tmp_path / "s-{0..9}.tar", tmp_path)
     assert preset("cifar10", run={"dir": "~/x"}).run.dir == RunConfig(dir=Path("~/x")).dir == tmp_path / "x"
+    assert EvalConfig(train_path=Path("~/t")).train_path == tmp_path / "t"
     assert embed.EmbedCommand(Path("~/r"), Path("~/f.npz"), projector=Path("~/p")).projector == tmp_path / "p"
     assert evaluate.EvaluateCommand(Path("~/r")).run_dir == export.ExportCommand(Path("~/r"), "timm", Path("o")).run_dir
     assert check_images.CheckCommand(Path("~/d"), Path("m")).path == tmp_path / "d"
