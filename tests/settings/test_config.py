@@ -10,7 +10,7 @@ from reco_fast import ablation, check_images, embed, evaluate, export, train
 from reco_fast.errors import ConfigError
 from reco_fast.profiling.benchmarks.growth import Growth
 from reco_fast.profiling.benchmarks.step import Benchmark
-from reco_fast.settings.config import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
+from reco_fast.settings.config import Config, DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
 from reco_fast.settings.presets import PRESETS, preset
 from reco_fast.train import parse
 
