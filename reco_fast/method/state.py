@@ -88,7 +88,7 @@ def build_state(config: Config, device: torch.device) -> TrainState:
     learning = running_student(student, size, 1 + (compiled and config.loss.uses_local))
     teaching = running_teacher(teacher, config.model, precision, size, 1 + (compiled and config.loss.uses_global))
     # Wrappers: `student` and `teacher` stay what checkpoints and evaluation see.
-    wrap: Callable[[nn.Module], Any] = torch.compile if compiled else lambda module: module
+    wrap: Callable[[nn.Module], Any] = compile_encoder if compiled else lambda module: module
     run_student: nn.Module = Passes(wrap(learning.module), together=learning.together)
     run_teacher = Passes(wrap(teaching.module), together=teaching.together)
     if distributed.world_size() > 1:
@@ -111,6 +111,12 @@ def build_state(config: Config, device: torch.device) -> TrainState:
         relation_weight=torch.ones((), device=device),
         graphed=Graphed(CudaBackend(), insist=bool(config.train.cuda_graph)) if runs_captured(config, device) else None,
     )
+
+
+def compile_encoder(module: nn.Module) -> Any:
+    """By torch.compile, but for one of its fusions: PyTorch 2.11 to 2.14 stop with "AssertionError: 512 v.s. 1024" where
+    that one meets the backward pass of batch norms in groups, on a GPU."""
+    return torch.compile(module, options={"triton.mix_order_reduction": False})
 
 
 def check_device(config: Config, device: torch.device) -> None:
