@@ -15,17 +15,15 @@ SMALL_IMAGE = 64  # up to this side in pixels, a stem that divides the resolutio
 
 
 class Encoder(nn.Module):
-    """Backbone and the two-layer projector of MoCo v2 (arXiv 2003.04297): images [N, 3, H, W] to [N, D]."""
+    """Backbone and projector: images [N, 3, H, W] to [N, D]."""
 
     note: str | None = None
     """What was done otherwise than its configuration says, in one line."""
 
-    def __init__(self, backbone: nn.Module, feature_dim: int, projection_dim: int) -> None:
+    def __init__(self, backbone: nn.Module, projector: nn.Module, feature_dim: int) -> None:
         super().__init__()
         self.backbone = backbone
-        self.projector = nn.Sequential(
-            nn.Linear(feature_dim, feature_dim), nn.ReLU(inplace=True), nn.Linear(feature_dim, projection_dim)
-        )
+        self.projector = projector
         self.feature_dim = feature_dim
 
     def forward(self, images: Tensor) -> Tensor:
@@ -54,12 +52,18 @@ def build_encoder(config: ModelConfig, image_size: int) -> Encoder:
         raise ConfigError(
             f"--model.stem: expected auto or standard for {config.arch} at {image_size} px, got small ({refused})"
         )
-    encoder = Encoder(backbone, width, config.projection_dim).train()
+    encoder = Encoder(backbone, _projector(config, width), width).train()
     if refused:
         encoder.note = (
             f"{config.arch} keeps its own stem: behind the small one it cannot take {image_size} px images: {refused}"
         )
     return encoder
+
+
+def _projector(config: ModelConfig, width: int) -> nn.Module:
+    if config.projector == "linear":
+        return nn.Linear(width, config.projection_dim)
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, config.projection_dim))
 
 
 def _feature_dim(backbone: nn.Module, size: int) -> int:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="DataclassInstance")
 GONE = {"train": {"convolution"}}
 """Settings that earlier versions wrote and that change nothing that a run learns, by section."""
-NEW = {"data": {"background", "range"}, "eval": {"train_path"}}
+NEW = {"data": {"background", "range"}, "model": {"projector"}, "eval": {"train_path"}}
 """Settings that earlier versions did not write: their runs have the default."""
 
 _MOST_COUNT = 2**40  # far above what is useful, far below what overflows
@@ -74,6 +74,8 @@ class ModelConfig:
     """Any torchvision or timm backbone; "timm/NAME" or "torchvision/NAME" where both have it (torchvision first)."""
     stem: Literal["auto", "small", "standard"] = "auto"
     """small: 3×3 stride 1 without pooling, for small images; auto: small up to 64 px, where it fits."""
+    projector: Literal["mlp", "linear"] = "mlp"
+    """mlp: two layers, as in MoCo v2 and ReCo; linear: one, as in the CIFAR-10 demo of MoCo's authors."""
     projection_dim: int = 128
     """Width D of the embeddings and of the memory banks."""
     key_norm: Literal["batch", "split", "shuffle", "ema"] = "batch"

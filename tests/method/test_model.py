@@ -26,6 +26,14 @@ def test_any_backbone_gives_one_feature_vector_an_image(arch: str, features: int
     assert encoder(torch.randn(2, 3, 32, 32)).shape == (2, 32)
 
 
+@pytest.mark.parametrize(("projector", "layers"), [("mlp", 2), ("linear", 1)])
+def test_projector_has_as_many_layers_as_its_name_says(projector: str, layers: int) -> None:
+    encoder = build_encoder(ModelConfig(arch="timm/test_resnet", projector=projector, projection_dim=32), 32)
+    images = torch.randn(2, 3, 32, 32)
+    assert encoder(images).shape == (2, 32)
+    assert sum(isinstance(module, torch.nn.Linear) for module in encoder.projector.modules()) == layers
+
+
 @pytest.mark.parametrize(("stem", "size", "resolution"), [("auto", 64, 64), ("auto", 96, 24), ("standard", 64, 16)])
 def test_small_stem_keeps_the_resolution_up_to_64_px(stem: str, size: int, resolution: int) -> None:
     encoder = build_encoder(ModelConfig(arch="resnet18", stem=stem), size)
