@@ -18,17 +18,19 @@ from reco_fast.settings.config import (
 
 QUICKSTART = Config(
     data=DataConfig(generated=True, image_size=32),
-    model=ModelConfig(arch="timm/test_resnet", stem="standard", bank_size=1024, teacher_momentum=0.99),
+    model=ModelConfig(
+        arch="timm/test_resnet", stem="standard", projector="linear", bank_size=1024, teacher_momentum=0.99
+    ),
     loss=LossConfig(mix="mixup", temperature=0.1, ramp=0.5),
     optim=OptimConfig(lr=0.06, warmup_epochs=1),
     train=TrainConfig(epochs=30, batch_size=128),
     eval=EvalConfig(every=5),
 )
 
-# Batch, bank, momentum, temperature and rate of the MoCo authors' CIFAR demo.
+# Projector, batch, bank, momentum, temperature and rate of the MoCo authors' CIFAR demo.
 CIFAR10 = Config(
     data=DataConfig(image_size=32),
-    model=ModelConfig(arch="resnet18", bank_size=4096, teacher_momentum=0.99, key_norm="split"),
+    model=ModelConfig(arch="resnet18", projector="linear", bank_size=4096, teacher_momentum=0.99, key_norm="split"),
     loss=LossConfig(mix="mixup", temperature=0.1, ramp=0.5),
     optim=OptimConfig(lr=0.03, warmup_epochs=5),
     train=TrainConfig(epochs=200, batch_size=512),
