@@ -60,8 +60,8 @@ PRESETS: dict[str, tuple[Config, str]] = {
 
         python -m reco_fast.train
 
-        On two cores of an Intel Xeon with AMX, torch 2.15: 2.5 to 3.5 minutes of training; kNN top-1 from 23.5,
-        20.4 and 23.5 % to 80.5, 57.2 and 65.1 % (seeds 0, 1, 2); raw pixels have 20.3 %.""",
+        On two cores of an Intel Xeon with AMX, torch 2.14: 2 to 2.5 minutes of training; kNN top-1 from 22.9, 21.0 and
+        24.1 % to 89.6, 75.4 and 74.1 % (seeds 0, 1, 2); raw pixels have 20.3 %.""",
     ),
     "cifar10": (
         CIFAR10,
@@ -69,9 +69,9 @@ PRESETS: dict[str, tuple[Config, str]] = {
 
         python -m reco_fast.train cifar10 --data.path cifar10 --data.val-path cifar10:test
 
-        Not yet run to its end. With --train.batch-size 256 --optim.lr 0.08 --train.epochs 100, on CIFAR-10 as JPEG and
-        half of an NVIDIA H200 (torch 2.11, 2026-11-27): kNN top-1 37.1 % untrained, 64.0, 69.8, 72.9 and 74.0 % after
-        2.1, 3.4, 4.6 and 5.8 minutes of training (epochs 20, 40, 60 and 80).""",
+        Not yet run to its end. With --model.projector mlp --train.batch-size 256 --optim.lr 0.08 --train.epochs 100, on
+        CIFAR-10 as JPEG and half of an NVIDIA H200 (torch 2.11, 2026-11-27): kNN top-1 37.1 % untrained, 64.0, 69.8,
+        72.9 and 74.0 % after 2.1, 3.4, 4.6 and 5.8 minutes of training (epochs 20, 40, 60 and 80).""",
     ),
     "imagenet100": (
         IMAGENET100,
