@@ -287,7 +287,8 @@ def _is_colour(text: str) -> bool:
 def updated(base: T, values: object, *, whole: bool = False) -> T:
     """`base`, a dataclass of sections, with the settings that `values` has: such as `Config.to_json` gives, any of them
     left out unless they must be `whole`. Sections of `Config` that `base` lacks belong to other commands and change
-    nothing, nor do settings that are gone.
+    nothing, nor do settings that are gone. A section that lacks `NEW` settings alone is a run's from before there were
+    any, and has their defaults.
 
     Raises ConfigError where a section or a field is unknown, missing or wrong.
     """
@@ -300,9 +301,9 @@ def updated(base: T, values: object, *, whole: bool = False) -> T:
     sections: dict[str, Any] = {}
     for name in kinds if whole else set(kinds) & set(values):
         given = {key: value for key, value in values.get(name, {}).items() if key not in GONE.get(name, ())}
-        before = dataclasses.asdict(getattr(base, name))
-        if whole:
-            before = {key: before[key] for key in NEW.get(name, ())}
+        before, new = dataclasses.asdict(getattr(base, name)), NEW.get(name, set())
+        if whole or set(before) - new <= set(given):
+            before = {key: value for key, value in dataclasses.asdict(kinds[name]()).items() if key in new}
         try:
             sections[name] = as_dataclass(kinds[name], _jsonable(before | given))
         except ValueError as error:

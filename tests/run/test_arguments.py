@@ -35,6 +35,15 @@ def test_the_config_of_a_run_gives_that_run(tmp_path: Path) -> None:
     assert train.parse(["--config", str(file)])[0] == config
 
 
+def test_the_config_of_an_earlier_version_has_the_defaults_of_what_is_new(tmp_path: Path) -> None:
+    written = preset("cifar10").to_json()
+    del written["model"]["projector"]
+    by_hand = {"model": {"arch": "resnet34"}}  # the rest is the preset's
+    for values, expected in ((written, "mlp"), (by_hand, "linear")):
+        file = write(tmp_path / "config.json", values)
+        assert train.parse(["cifar10", "--config", str(file)])[0].model.projector == expected
+
+
 def test_later_files_win(tmp_path: Path) -> None:
     files = [write(tmp_path / f"{seed}.json", {"train": {"seed": seed}}) for seed in (1, 2)]
     assert train.parse([word for file in files for word in ("--config", str(file))])[0].train.seed == 2
