@@ -114,8 +114,8 @@ def build_state(config: Config, device: torch.device) -> TrainState:
 
 
 def compile_encoder(module: nn.Module) -> Any:
-    """By torch.compile, without one of its fusions, on which PyTorch 2.11 to 2.14 fail for batch norms in groups on a
-    GPU ("AssertionError: 512 v.s. 1024")."""
+    """By torch.compile, without one of its fusions, on which PyTorch (seen with 2.11 and 2.14) fails for batch norms in
+    groups on a GPU: "AssertionError: 512 v.s. 1024"."""
     return torch.compile(module, options={"triton.mix_order_reduction": False})
 
 
