@@ -16,6 +16,48 @@ def batch_norms(*modules: nn.Module) -> list[_BatchNorm]:
     return [m for module in modules for m in module.modules() if isinstance(m, _BatchNorm)]
 
 
+class _NormOfGroups(torch.autograd.Function):
+    """Batch norm of each `rows` images of x [N, C, ...] by themselves; and the mean and variance [N/rows, C].
+
+    Statistics are laid out by image, as `x` is, and not `x` by group: a compiler fuses pointwise operations of one
+    shape alone. And the gradient is written out, because then one pass over `x` and what comes back gives all its sums.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, rows: int, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        groups = wide.unflatten(0, (-1, rows))
+        var, mean = torch.var_mean(groups, (1, *range(3, groups.dim())), correction=0)
+        rstd = torch.rsqrt(var + eps)
+        out = (wide - _per_image(mean, x)) * _per_image(rstd * weight, x)
+        out = out + bias.view(-1, *[1] * (x.dim() - 2))
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.mark_non_differentiable(mean, var)
+        return out.to(x.dtype), mean, var
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        x, weight, mean, rstd = ctx.saved_tensors
+        rows = len(x) // len(mean)
+        wide = grad.to(mean.dtype)
+        centred = x.to(mean.dtype) - _per_image(mean, x)
+        over = (1, *range(3, x.dim() + 1))
+        total = wide.unflatten(0, (-1, rows)).sum(over)
+        along = (wide * centred).unflatten(0, (-1, rows)).sum(over) * rstd
+        values = x.numel() // mean.numel()
+        slope = _per_image(along * rstd / values, x)
+        out = (wide - _per_image(total / values, x) - centred * slope) * _per_image(rstd * weight, x)
+        return out.to(x.dtype), along.sum(0).to(weight.dtype), total.sum(0).to(weight.dtype), None, None
+
+
+def _per_image(statistics: Tensor, x: Tensor) -> Tensor:
+    """[groups, C] as [N, C, 1, ...], for `x` [N, C, ...]."""
+    rows = statistics[:, None].expand(-1, len(x) // len(statistics), -1).flatten(0, 1)
+    return rows.view(*rows.shape, *[1] * (x.dim() - 2))
+
+
 class _Grouped(_BatchNorm):
     """A batch norm that, in training mode, takes each group of the batch [views·n, C, ...] by itself, as calls with
     each of `torch.chunk(groups)` of one view after the other would, running averages included. Channels-last stays so.
@@ -49,18 +91,11 @@ class _Grouped(_BatchNorm):
 
     def _plain(self, x: Tensor, rows: int, values: int) -> Tensor:
         """A reduction and a pointwise pass, for a compiler to fuse with what is around them."""
-        groups = x.unflatten(0, (-1, rows))
-        groups = groups.to(torch.promote_types(x.dtype, torch.float32))
-        over = (1, *range(3, groups.dim()))
-        var, mean = torch.var_mean(groups, over, correction=0, keepdim=True)
-        self._follow(mean.view(len(groups), -1), var.view(len(groups), -1), values)
-        out = (groups - mean) * torch.rsqrt(var + self.eps)
-        channels = (-1, *[1] * (x.dim() - 2))
-        if self.weight is not None:
-            out = out * self.weight.view(channels)
-        if self.bias is not None:
-            out = out + self.bias.view(channels)
-        return out.to(x.dtype).flatten(0, 1)
+        weight = x.new_ones(x.shape[1]) if self.weight is None else self.weight
+        bias = x.new_zeros(x.shape[1]) if self.bias is None else self.bias
+        out, mean, var = _NormOfGroups.apply(x, weight, bias, rows, self.eps)
+        self._follow(mean, var, values)
+        return out
 
     def _as_group_norm(self, x: Tensor, rows: int, values: int) -> Tensor:
         """A group of images is one tall image in memory, and a group norm with one channel a group norms that."""

@@ -3,6 +3,7 @@ schedules its graphs for an H100, which is where it chooses what to fuse, and co
 
 This looks into PyTorch where nothing is promised. Seen to work with 2.11 and 2.14."""
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,7 +35,11 @@ H100 = SimpleNamespace(
 )
 
 
-def end_of_a_resnet(channels: int = 512) -> nn.Sequential:
+BATCH, SIDE, CHANNELS = 512, 8, 512
+ACTIVATION = BATCH * CHANNELS * (SIDE // 2) ** 2  # numbers, the smaller kind and of one view
+
+
+def end_of_a_resnet(channels: int = CHANNELS) -> nn.Sequential:
     shortcut = nn.Sequential(nn.Conv2d(channels // 2, channels, 1, 2, bias=False), nn.BatchNorm2d(channels))
     return nn.Sequential(
         nn.Conv2d(3, channels // 2, 3, padding=1, bias=False),
@@ -100,6 +105,15 @@ def schedule_for_a_gpu(graph: torch.fx.GraphModule, monkeypatch: pytest.MonkeyPa
     return lowering.scheduler.nodes
 
 
+def written(kernel: Any, dtype: torch.dtype) -> list[int]:
+    """How many numbers each tensor of `dtype` has that a kernel leaves in memory."""
+    inside = {part.get_name() for part in kernel.get_nodes()}
+    left = [
+        b.node for b in kernel.get_outputs() if not {user.node.get_name() for user in b.users if user.node} <= inside
+    ]
+    return [math.prod(map(int, node.get_size())) for node in left if node.maybe_get_dtype() == dtype]
+
+
 @pytest.mark.parametrize(("groups", "views"), [(1, 2), (8, 2)])
 def test_batch_norms_in_groups_are_scheduled_forward_and_backward(
     groups: int, views: int, monkeypatch: pytest.MonkeyPatch
@@ -110,9 +124,12 @@ def test_batch_norms_in_groups_are_scheduled_forward_and_backward(
     use_groups(encoder, groups, views)
     for norm in batch_norms(encoder):  # graphs traced in this way write to no input, such as running averages
         norm.num_batches_tracked = norm.running_mean = norm.running_var = None
-    images = torch.zeros(256 * views, 3, 8, 8, dtype=torch.half).to(memory_format=torch.channels_last)
+    images = torch.zeros(BATCH * views, 3, SIDE, SIDE, dtype=torch.half).to(memory_format=torch.channels_last)
     monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
     forward, backward = forward_and_backward(encoder, images)
     with torch._inductor.config.patch(options):
         for graph in (forward, backward):
-            assert schedule_for_a_gpu(graph, monkeypatch, backward=graph is backward)
+            kernels = schedule_for_a_gpu(graph, monkeypatch, backward=graph is backward)
+            assert len(kernels) > 20
+            wide = [numbers for kernel in kernels for numbers in written(kernel, torch.float32)]
+            assert max(wide) < ACTIVATION, "float32 where bfloat16 would do: twice the memory traffic"
