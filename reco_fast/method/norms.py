@@ -17,39 +17,36 @@ def batch_norms(*modules: nn.Module) -> list[_BatchNorm]:
 
 
 class _NormOfGroups(torch.autograd.Function):
-    """Batch norm of each `rows` images of x [N, C, ...] by themselves; and the mean and variance [N/rows, C].
+    """x [N, C, ...] normalised by `mean` and `var` [groups, C], which are those of its equal parts.
 
     Statistics are laid out by image, as `x` is, and not `x` by group: a compiler fuses pointwise operations of one
     shape alone. And the gradient is written out, because then one pass over `x` and what comes back gives all its sums.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, rows: int, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        groups = wide.unflatten(0, (-1, rows))
-        var, mean = torch.var_mean(groups, (1, *range(3, groups.dim())), correction=0)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
         rstd = torch.rsqrt(var + eps)
-        out = (wide - _per_image(mean, x)) * _per_image(rstd * weight, x)
-        out = out + bias.view(-1, *[1] * (x.dim() - 2))
         ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.mark_non_differentiable(mean, var)
-        return out.to(x.dtype), mean, var
+        out = (x.to(mean.dtype) - _per_image(mean, x)) * _per_image(rstd * weight, x)
+        out = out + bias.view(-1, *[1] * (x.dim() - 2))
+        # Compiled by PyTorch 2.11, a cast here that changes nothing would make gradients zero.
+        return out if x.dtype == out.dtype else out.to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         x, weight, mean, rstd = ctx.saved_tensors
-        rows = len(x) // len(mean)
-        wide = grad.to(mean.dtype)
-        centred = x.to(mean.dtype) - _per_image(mean, x)
-        over = (1, *range(3, x.dim() + 1))
-        total = wide.unflatten(0, (-1, rows)).sum(over)
-        along = (wide * centred).unflatten(0, (-1, rows)).sum(over) * rstd
+        wide, centred = grad.to(mean.dtype), x.to(mean.dtype) - _per_image(mean, x)
+        total = torch.sum(*_parts(wide, len(mean)))
+        along = torch.sum(*_parts(wide * centred, len(mean))) * rstd
         values = x.numel() // mean.numel()
         slope = _per_image(along * rstd / values, x)
         out = (wide - _per_image(total / values, x) - centred * slope) * _per_image(rstd * weight, x)
-        return out.to(x.dtype), along.sum(0).to(weight.dtype), total.sum(0).to(weight.dtype), None, None
+        return out.to(x.dtype), along.sum(0).to(weight.dtype), total.sum(0).to(weight.dtype), None, None, None
+
+
+def _parts(x: Tensor, groups: int) -> tuple[Tensor, tuple[int, ...]]:
+    """x [N, C, ...] as [groups, N/groups, C, ...], and the dimensions within a group and channel."""
+    return x.unflatten(0, (groups, -1)), (1, *range(3, x.dim() + 1))
 
 
 def _per_image(statistics: Tensor, x: Tensor) -> Tensor:
@@ -79,7 +76,7 @@ class _Grouped(_BatchNorm):
         values = rows * x[0, 0].numel()
         equal = images % rows == 0 and values > 1
         if equal and (x.is_cuda or torch.compiler.is_compiling()):
-            return self._plain(x, rows, values)
+            return self._plain(x, len(x) // rows, values)
         # On a CPU without a compiler, sums over the outer dimensions are slow but for those inside of these operators.
         fits = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and self.weight is not None
         if equal and fits and values >= MANY_VALUES:
@@ -89,12 +86,14 @@ class _Grouped(_BatchNorm):
         parts = (part for view in x.split(images) for part in view.split(rows))
         return torch.cat([F.batch_norm(p, *running, self.weight, self.bias, True, momentum, self.eps) for p in parts])
 
-    def _plain(self, x: Tensor, rows: int, values: int) -> Tensor:
+    def _plain(self, x: Tensor, groups: int, values: int) -> Tensor:
         """A reduction and a pointwise pass, for a compiler to fuse with what is around them."""
         weight = x.new_ones(x.shape[1]) if self.weight is None else self.weight
         bias = x.new_zeros(x.shape[1]) if self.bias is None else self.bias
-        out, mean, var = _NormOfGroups.apply(x, weight, bias, rows, self.eps)
+        wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+        var, mean = torch.var_mean(*_parts(wide, groups), correction=0)
         self._follow(mean, var, values)
+        out: Tensor = _NormOfGroups.apply(x, weight, bias, mean, var, self.eps)
         return out
 
     def _as_group_norm(self, x: Tensor, rows: int, values: int) -> Tensor:
