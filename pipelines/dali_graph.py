@@ -87,22 +87,24 @@ def graph(
         dtype=[types.UINT8, *(_TYPES[row.dtype.name] for row in rows)],
         ndim=[1 if largest else 3, *(row.ndim for row in rows)],
     )
+    decoded = images
+    by_gpu = on_gpu and largest is not None and math.prod(largest) > _CPU_DECODES
     if largest:
-        images = fn.decoders.image(
+        decoded = fn.decoders.image(
             images,
-            device="mixed" if on_gpu else "cpu",
+            device="mixed" if by_gpu else "cpu",
             output_type=types.RGB,
             jpeg_fancy_upsampling=True,  # as the CPU's decoder does
-            **(_decoder_buffers(*largest) if on_gpu else {}),
+            **(_decoder_buffers(*largest) if by_gpu else {}),
         )
-    elif on_gpu:
-        images = images.gpu()
+    images = decoded.gpu() if on_gpu and not by_gpu else decoded
     inputs = iter(values)
     output = types.FLOAT16 if dtype == torch.float16 else types.FLOAT
     views = [_view(images, {name: next(inputs) for name in example}, recipe, on_gpu, output) for example in examples]
-    return (*views, images.cpu() if on_gpu else images) if with_decoded else tuple(views)
+    return (*views, decoded.cpu() if by_gpu else decoded) if with_decoded else tuple(views)
 
 
+_CPU_DECODES = 128**2  # pixels of an image: a GPU's decoder does no more small ones a second than large ones
 _MOST_RESERVED = 1_500_000  # pixels; of a camera's 12 million, a batch of 256 would reserve 6 GB
 
 

@@ -140,9 +140,13 @@ def test_the_graph_for_a_gpu_is_accepted_decodes_once_and_reserves_what_the_imag
     assert [output.device for output in graph._graph_out] == 3 * ["gpu"]
     assert len(given["image"]) == 1  # no decoder in the second
     assert not given["color_space_conversion"]  # it launches a kernel for each image
-    # Two graphs, each with two strong views: of all images for the mean of contrast, and of those that are drawn grey.
+    graph = dali.graph(lambda: [], reco_recipe(32), True, dtype, (32, 40), with_decoded, **settings)
+    assert [output.device for output in graph._graph_out] == 3 * ["gpu"] + with_decoded * ["cpu"]
+    assert given["image"][1]["device"] == "cpu"  # small images, which a GPU decodes no faster than large ones
+    assert "device_memory_padding" not in given["image"][1]
+    # Three graphs, each with two strong views: of all images for the mean of contrast, and of those drawn grey.
     of_all = [isinstance(options["saturation"], float) for options in given["saturation"]]
-    assert (sum(of_all), len(of_all)) == (4, 8)
+    assert (sum(of_all), len(of_all)) == (6, 12)
 
 
 @needs_dali
