@@ -127,16 +127,16 @@ def subset_curves() -> None:
 
 
 def gpu_curves() -> None:
-    """kNN on CIFAR-10 against minutes of training on a GPU that ReCo and MoCo share, for benchmarks.md."""
+    """kNN on CIFAR-10 against minutes on a GPU that two runs share, and that one has alone, for benchmarks.md."""
     figure, axes = plt.subplots(figsize=(4.5, 3), layout="constrained")
-    for label, name in (("ReCo", "reco"), ("MoCo v2", "moco")):
+    for label, name in (("ReCo, the preset, alone", "preset"), ("ReCo, shared", "reco"), ("MoCo v2, shared", "moco")):
         found = (HERE / "results" / f"quality-{name}-H200.jsonl").read_text().splitlines()
         points = [line for line in map(json.loads, found) if line["kind"] == "eval"]
         minutes = [point["seconds"] / 60 for point in points]
         axes.plot(
             minutes, [point["knn_top1"] for point in points], marker="o", markersize=3, linewidth=1.4, label=label
         )
-    axes.set(xlabel="minutes of training, both on one H200", ylabel="kNN top-1, %", title="CIFAR-10 (JPEG), ResNet-18")
+    axes.set(xlabel="minutes of training on one H200", ylabel="kNN top-1, %", title="CIFAR-10 (JPEG), ResNet-18")
     axes.title.set_fontsize(8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="lower right")
