@@ -149,9 +149,11 @@ def _in_brackets(text: str) -> str:
 
 
 def recipe(config: Config) -> Recipe:
-    """The views that the objective looks at: no weak one without the global relation."""
+    """The views that the objective looks at: the student's, and then the teacher's."""
     full = reco_recipe(config.data.image_size)
-    return full if config.loss.uses_global else dataclasses.replace(full, views=full.views[:2])
+    strong, second, weak = full.views
+    teacher = (weak,) if config.loss.keys == "weak" else (second, weak)[: config.loss.teacher_views]
+    return dataclasses.replace(full, views=(strong, *teacher))
 
 
 def open_training_loader(

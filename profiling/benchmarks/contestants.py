@@ -51,7 +51,7 @@ def trainer(config: Config, device: torch.device) -> Contestant:
                 yield batch.views
 
     dtype = _view_dtype(config, device)
-    views = _random_views(config, device, 3 if config.loss.uses_global else 2)
+    views = _random_views(config, device, 1 + config.loss.teacher_views)
     return Contestant(train, tuple(v.to(dtype=dtype, memory_format=torch.channels_last) for v in views), batches)
 
 

@@ -64,7 +64,7 @@ def traffic(config: Config, parameters: int, *, number_bytes: int = 2) -> Traffi
 
     `number_bytes`: of a view and of a bank, 2 on a GPU and 4 on a CPU.
     """
-    batch, teacher_views = config.train.batch_size, 1 + config.loss.uses_global
+    batch, teacher_views = config.train.batch_size, config.loss.teacher_views
     keys = batch * config.model.projection_dim * number_bytes * teacher_views
     shuffle = 0
     if config.model.key_norm == "shuffle":

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from reco_fast.errors import ConfigError
-from reco_fast.settings.config import OptimConfig
+from reco_fast.settings.config import ModelConfig, OptimConfig
 
 BUILD_APEX = (  # the README of https://github.com/NVIDIA/apex, July 2026
     "git clone https://github.com/NVIDIA/apex && cd apex && "
@@ -170,3 +170,9 @@ def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
 def ramp(step: int, total: int, share: float) -> float:
     """Linear up to 1 over the first `share` of `total` steps, then 1."""
     return min(1.0, (step + 1) / (share * total)) if share > 0 else 1.0
+
+
+def teacher_momentum(step: int, total: int, config: ModelConfig) -> float:
+    """Half a cosine from `teacher_momentum` to its end, if it has one (BYOL, arXiv 2006.07733, section 3.2)."""
+    begin, end = config.teacher_momentum, config.teacher_momentum_end
+    return begin if end is None else end - (end - begin) * 0.5 * (1 + math.cos(math.pi * step / total))

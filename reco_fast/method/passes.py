@@ -137,9 +137,9 @@ def _norms_see_the_batch(module: nn.Module, images: Tensor) -> bool:
 class TeacherUpdate:
     """`teacher ← m·teacher + (1−m)·student` for all parameters in a few multi-tensor kernels (MoCo, eq. 2).
 
-    `skipped` (0-d float32 on the device): where it is 1, the teacher stays as it is. With `key_norm="ema"` the batch
-    norms' moving averages follow in the same way (Cai et al., arXiv 2101.07525). Weights of which `running` has copies
-    are copied there.
+    `rate`, 1−m, and `skipped` are 0-d float32 on the device, where a captured step reads them anew; where `skipped` is
+    1, the teacher stays as it is. With `key_norm="ema"` the batch norms' moving averages follow in the same way (Cai et
+    al., arXiv 2101.07525). Weights of which `running` has copies are copied there.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class TeacherUpdate:
             self.student += [b for b in student.buffers() if b.is_floating_point()]
 
     @torch.no_grad()
-    def __call__(self, momentum: float, skipped: Tensor | None = None) -> None:
+    def __call__(self, rate: Tensor, skipped: Tensor | None = None) -> None:
         # A step of SGD along (student − teacher): of the multi-tensor kernels, the one that a flag on the device stops.
         torch._fused_sgd_(
             self.teacher,
@@ -161,7 +161,7 @@ class TeacherUpdate:
             [],
             weight_decay=1.0,
             momentum=0.0,
-            lr=1 - momentum,
+            lr=rate,
             dampening=0.0,
             nesterov=False,
             maximize=True,

@@ -45,6 +45,8 @@ class TrainState:
     precision: torch.dtype
     relation_weight: Tensor
     """Of the step under way: a factor of both relations' weights, 0-d float32 on the device."""
+    teacher_rate: Tensor
+    """Of the step under way: 1 less the teacher's momentum, 0-d float32 on the device."""
     graphed: Graphed | None = None
     """Runs the step from a CUDA graph, where the run does."""
     step: int = 0
@@ -85,8 +87,8 @@ def build_state(config: Config, device: torch.device) -> TrainState:
 
     compiled = config.train.compile if config.train.compile is not None else device.type == "cuda"
     # Both views in one pass only where a compiler fuses what keeps them apart: else it costs more than it saves.
-    learning = running_student(student, size, 1 + (compiled and config.loss.uses_local))
-    teaching = running_teacher(teacher, config.model, precision, size, 1 + (compiled and config.loss.uses_global))
+    learning = running_student(student, size, 2 if compiled and config.mixes_alike else 1)
+    teaching = running_teacher(teacher, config.model, precision, size, config.loss.teacher_views if compiled else 1)
     # Wrappers: `student` and `teacher` stay what checkpoints and evaluation see.
     wrap: Callable[[nn.Module], Any] = compile_encoder if compiled else lambda module: module
     run_student: nn.Module = Passes(wrap(learning.module), together=learning.together)
@@ -109,6 +111,7 @@ def build_state(config: Config, device: torch.device) -> TrainState:
         device=device,
         precision=precision,
         relation_weight=torch.ones((), device=device),
+        teacher_rate=torch.tensor(1 - config.model.teacher_momentum, device=device),
         graphed=Graphed(CudaBackend(), insist=bool(config.train.cuda_graph)) if runs_captured(config, device) else None,
     )
 
@@ -116,7 +119,7 @@ def build_state(config: Config, device: torch.device) -> TrainState:
 def compile_encoder(module: nn.Module) -> Any:
     """By torch.compile, without one of its fusions, on which PyTorch (seen with 2.11 and 2.14) fails for batch norms in
     groups on a GPU: "AssertionError: 512 v.s. 1024"."""
-    return torch.compile(module, options={"triton.mix_order_reduction": False})
+    return torch.compile(module, dynamic=False, options={"triton.mix_order_reduction": False})
 
 
 def check_device(config: Config, device: torch.device) -> None:

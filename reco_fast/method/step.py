@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from reco_fast import distributed
-from reco_fast.kernels.reference import unit
+from reco_fast.kernels.reference import mix_target, unit
 from reco_fast.method.losses import reco_loss
-from reco_fast.method.optim import learning_rate, ramp, set_learning_rate
+from reco_fast.method.optim import learning_rate, ramp, set_learning_rate, teacher_momentum
 from reco_fast.method.passes import teacher_forward
 from reco_fast.method.state import TrainState
 from reco_fast.profiling.trace import region
@@ -52,6 +53,7 @@ class Schedule(NamedTuple):
 
     lr: float
     relation_weight: float
+    teacher_momentum: float
 
 
 def scheduled(step: int, total_steps: int, config: Config) -> Schedule:
@@ -61,6 +63,7 @@ def scheduled(step: int, total_steps: int, config: Config) -> Schedule:
     return Schedule(
         lr=learning_rate(step, total_steps, warmup, peak),
         relation_weight=ramp(step, total_steps, config.loss.ramp),
+        teacher_momentum=teacher_momentum(step, total_steps, config.model),
     )
 
 
@@ -101,16 +104,28 @@ def mix_weights(rng: np.random.Generator, config: LossConfig, size: int) -> np.n
 
 
 def mix_pixels(images: Tensor, others: Tensor, draws: Draws) -> Tensor:
-    """`w·images + (1−w)·others[π]` for channels-last images [n, 3, H, W] and pixel weights w [H, W]."""
+    """`w·images + (1−w)·others[π]` for channels-last images [m, 3, H, W], the first m of the batch, others [n, 3, H, W]
+    and pixel weights w [H, W]."""
     # Indexing the [n, H, W, 3] view keeps the memory format; indexing [n, 3, H, W] itself would not.
-    shuffled = others.permute(0, 2, 3, 1)[draws.permutation].permute(0, 3, 1, 2)
+    shuffled = others.permute(0, 2, 3, 1)[draws.permutation[: len(images)]].permute(0, 3, 1, 2)
     return torch.lerp(shuffled, images, draws.mix_weights.to(images.dtype))
+
+
+def mixed_view(config: Config, views: tuple[Tensor, ...], draws: Draws) -> Tensor:
+    """What the student sees of the images that are mixed, [m, 3, S, S]: its own view and that of other images which the
+    keys are of, or, where those are weak, its own again."""
+    others = views[0] if config.loss.keys == "weak" else views[1]
+    mixed = mix_pixels(views[0][: config.mixed_images(len(others))], others, draws)
+    if mixed.shape[-1] == config.mixed_size:
+        return mixed
+    return F.interpolate(mixed, size=[config.mixed_size] * 2, mode="bilinear", antialias=True)
 
 
 def train_step(
     state: TrainState, config: Config, views: tuple[Tensor, ...], draws: list[Draws], schedule: Schedule
 ) -> Tensor:
-    """One optimizer step on this rank's views (two strong ones, and a weak one if the global relation is on).
+    """One optimizer step on this rank's views: the student's, a strong one, and then the teacher's, which are a second
+    strong one and, if the global relation is on, a weak one, or with `--loss.keys weak` the weak one alone.
 
     Where a gradient is not finite, the step counts as skipped: student, teacher, momentum and banks stay bit for bit as
     they were, alike on all ranks.
@@ -119,6 +134,8 @@ def train_step(
     """
     set_learning_rate(state.optimizer, schedule.lr)
     state.relation_weight.fill_(schedule.relation_weight)
+    if config.model.teacher_momentum_end is not None:
+        state.teacher_rate.fill_(1 - schedule.teacher_momentum)
     torch.manual_seed(hash((config.train.seed, state.step, distributed.rank())) % 2**63)  # for dropout in a backbone
     compute = partial(_compute, state, config)
     metrics = compute(views, draws) if state.graphed is None else state.graphed(compute, views, draws)
@@ -144,11 +161,11 @@ def _compute(state: TrainState, config: Config, views: tuple[Tensor, ...], draws
         state.norm_buffers.restore(norms_before, where=skipped)
         state.norm_buffers.count(skipped, **_batches(config, parts, len(views[0]) // parts))
     with region("moving_average"):
-        state.update_teacher(config.model.teacher_momentum, skipped)
+        state.update_teacher(state.teacher_rate, skipped)
     with region("enqueue"):
         rows = torch.cat(keys) if parts > 1 else keys[0]
         rows = distributed.all_gather(_clean_rows(rows).to(state.bank.keys.dtype))  # 2 bytes a number, where it has 2
-        state.bank.enqueue(*rows.unbind(dim=1), skipped=skipped)
+        state.bank.enqueue(*rows.unbind(dim=1), skipped=skipped)  # weak keys too, where they are others
     mean = torch.stack(metrics).mean(dim=0) if parts > 1 else metrics[0]
     return torch.cat([torch.where(skipped > 0, 0.0, mean), skipped[None]])
 
@@ -158,7 +175,7 @@ def _batches(config: Config, parts: int, rows: int) -> dict[str, int]:
     groups = -(-rows // -(-rows // config.model.norm_groups)) if config.model.key_norm == "split" else 1
     return {
         "student": parts * (1 + config.loss.uses_local),
-        "teacher": parts * (1 + config.loss.uses_global) * groups,
+        "teacher": parts * config.loss.teacher_views * groups,
     }
 
 
@@ -192,31 +209,56 @@ def _forward(
     """Loss with its graph, the teacher's new keys (and weak keys) [n, 1 or 2, D], and the measurements, of one part."""
     loss, model = config.loss, config.model
     with region("teacher_forward"), torch.no_grad(), state.autocast():
-        teacher_views = views[1:] if loss.uses_global else views[1:2]
-        keys = teacher_forward(state.run_teacher, teacher_views, model.key_norm, draws.shuffle)
+        keys = teacher_forward(state.run_teacher, views[1:], model.key_norm, draws.shuffle)
     with region("student_forward"), state.autocast():
-        mixed = (mix_pixels(views[0], views[1], draws),) if loss.uses_local else ()
+        mixed = (mixed_view(config, views, draws),) if loss.uses_local else ()
         query, *query_mix = state.run_student(views[0], *mixed)
     with region("loss"):
+        local_weight = loss.local_weight * state.relation_weight if loss.uses_local else 0
+        whole = loss.uses_local and len(query_mix[0]) == len(query)
         out = reco_loss(
             query,
-            query_mix[0] if loss.uses_local else None,
+            query_mix[0] if whole else None,
             keys[0],
-            keys[1] if loss.uses_global else None,
+            keys[-1] if loss.uses_global else None,
             state.bank.keys,
-            state.bank.weak_keys,
+            state.bank.weak_keys if loss.keys == "strong" else state.bank.keys,
             draws.permutation,
             draws.mix_weights.mean(),
             temperature=loss.temperature,
             student_temperature=loss.student_temperature,
             teacher_temperature=loss.teacher_temperature,
             global_weight=loss.global_weight * state.relation_weight if loss.uses_global else 0,
-            local_weight=loss.local_weight * state.relation_weight if loss.uses_local else 0,
+            local_weight=local_weight if whole else 0,
             mix_anchor=loss.mix_anchor,
             impl=loss.impl,
         )
+        if loss.uses_local and not whole:
+            local = _local_relation(state, loss, query, query_mix[0], keys[0], draws)
+            out = out._replace(total=out.total + local_weight * local, local_relation=local.detach())
     health = _feature_health(query.detach(), keys[0])
     return out.total, torch.stack(keys, dim=1), torch.stack([out.total.detach(), *out[1:], *health])
+
+
+def _local_relation(
+    state: TrainState, loss: LossConfig, query: Tensor, query_mix: Tensor, key: Tensor, draws: Draws
+) -> Tensor:
+    """The local relation of the first m images, `query_mix` [m, D]: an instance term whose key is the mix target."""
+    target = mix_target(unit(query), unit(key), draws.permutation, draws.mix_weights.mean(), loss.mix_anchor)
+    return reco_loss(
+        query_mix,
+        None,
+        target[: len(query_mix)],
+        None,
+        state.bank.keys,
+        None,
+        None,
+        1.0,
+        temperature=loss.temperature,
+        global_weight=0,
+        local_weight=0,
+        impl=loss.impl,
+    ).total
 
 
 def _feature_health(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

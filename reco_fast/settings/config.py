@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="DataclassInstance")
 GONE = {"train": {"convolution"}}
 """Settings that earlier versions wrote and that change nothing that a run learns, by section."""
-NEW = {"data": {"background", "range"}, "model": {"projector"}, "eval": {"train_path"}}
+NEW = {
+    "data": {"background", "range"},
+    "model": {"projector", "teacher_momentum_end"},
+    "loss": {"keys", "mix_size", "mix_share"},
+    "eval": {"train_path"},
+}
 """Settings that earlier versions did not write: their runs have the default."""
 
 _MOST_COUNT = 2**40  # far above what is useful, far below what overflows
@@ -86,6 +91,8 @@ class ModelConfig:
     """K: past embeddings in each of the two memory banks."""
     teacher_momentum: float = 0.999
     """The teacher becomes m·teacher + (1−m)·student after each step."""
+    teacher_momentum_end: float | None = None
+    """m at the end, along half a cosine (BYOL, arXiv 2006.07733, section 3.2); unless said, m stays as it is."""
 
     def __post_init__(self) -> None:
         ok = 8 <= self.projection_dim <= 65536
@@ -93,6 +100,8 @@ class ModelConfig:
         _require(self.norm_groups >= 2, "model.norm-groups", self.norm_groups, "2 or more")
         _require(1 <= self.bank_size <= 2**28, "model.bank-size", self.bank_size, "a number from 1 to 2²⁸")
         _require(0 <= self.teacher_momentum < 1, "model.teacher-momentum", self.teacher_momentum, "0 ≤ m < 1")
+        end = self.teacher_momentum_end
+        _require(end is None or 0 <= end <= 1, "model.teacher-momentum-end", end, "0 ≤ m ≤ 1")
 
 
 @dataclass(frozen=True)
@@ -105,8 +114,15 @@ class LossConfig:
     """Pixel interpolation of the local relation; both tosses a coin each step."""
     mix_alpha: float = 1.0
     """λ ~ Beta(α, α)."""
+    mix_size: int | None = None
+    """Side of the mixed view, which is reduced to it; unless said, --data.image-size."""
+    mix_share: float = 1.0
+    """Share of the images of a batch that are mixed."""
     mix_anchor: Literal["query", "key"] = "key"
     """Own part of the mix target: the student's query (the first author's code) or the teacher's key."""
+    keys: Literal["strong", "weak"] = "strong"
+    """The view that gives the keys: a second strong one, beside which the global relation needs the weak one, or the
+    weak one, for both (as in ReSSL, arXiv 2107.09282): one teacher pass less, and one memory bank."""
     temperature: float = 0.2
     """Instance and local terms."""
     student_temperature: float = 0.1
@@ -126,6 +142,8 @@ class LossConfig:
         for name in ("global_weight", "local_weight"):
             _require(getattr(self, name) >= 0, f"loss.{_dashed(name)}", getattr(self, name), "0 or more")
         _require(0 <= self.ramp <= 1, "loss.ramp", self.ramp, "a share from 0 to 1")
+        _require(0 < self.mix_share <= 1, "loss.mix-share", self.mix_share, "a share above 0, at most 1")
+        _require(self.mix_size is None or self.mix_size >= 16, "loss.mix-size", self.mix_size, "16 or more")
 
     @property
     def uses_global(self) -> bool:
@@ -134,6 +152,11 @@ class LossConfig:
     @property
     def uses_local(self) -> bool:
         return self.objective == "reco" and self.local_weight > 0
+
+    @property
+    def teacher_views(self) -> int:
+        """How many views of an image the teacher encodes."""
+        return 1 + (self.uses_global and self.keys == "strong")
 
 
 @dataclass(frozen=True)
@@ -248,6 +271,20 @@ class StepConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
+    @property
+    def mixed_size(self) -> int:
+        """Side of the mixed view."""
+        return min(self.loss.mix_size or self.data.image_size, self.data.image_size)
+
+    def mixed_images(self, images: int) -> int:
+        """How many of so many are mixed: the first ones."""
+        return max(1, round(self.loss.mix_share * images))
+
+    @property
+    def mixes_alike(self) -> bool:
+        """Whether the student has a mixed view of as many images and pixels as the other."""
+        return self.loss.uses_local and self.loss.mix_share == 1 and self.mixed_size == self.data.image_size
+
 
 @dataclass(frozen=True)
 class Config(StepConfig):
@@ -262,6 +299,9 @@ class Config(StepConfig):
             self.model.bank_size,
             f"at least --train.batch-size, {self.train.batch_size} (a bank smaller than the batch loses keys)",
         )
+        mix_size, size = self.loss.mix_size, self.data.image_size
+        ok = mix_size is None or mix_size <= size
+        _require(ok, "loss.mix-size", mix_size, f"at most --data.image-size, {size}")
 
     def to_json(self) -> dict[str, Any]:
         """Nested plain values; paths become strings."""

@@ -67,7 +67,7 @@ def test_bytes_are_those_that_a_step_exchanges(
     state.run_student.register_comm_hook(None, reduce)  # type: ignore[operator]
     views = tuple(torch.randn(4, 3, 32, 32, dtype=dtype).to(memory_format=torch.channels_last) for _ in range(3))
     views = views if objective == "reco" else views[:2]
-    train_step(state, config, views, draw(0, 4, config, CPU), Schedule(0.1, 1.0))
+    train_step(state, config, views, draw(0, 4, config, CPU), Schedule(0.1, 1.0, 0.99))
     counted = scaling.traffic(config, sum(p.numel() for p in state.student.parameters()), number_bytes=number_bytes)
     assert sum(reduced) == counted.gradients
     assert sum(gathered) == counted.keys + counted.shuffle

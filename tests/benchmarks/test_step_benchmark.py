@@ -48,7 +48,7 @@ def test_the_naive_step_computes_what_the_trainer_does() -> None:
             CONFIG,
             tuple(view.to(memory_format=torch.channels_last) for view in given),
             drawn,
-            Schedule(lr=CONFIG.optim.lr, relation_weight=1.0),
+            Schedule(CONFIG.optim.lr, 1.0, CONFIG.model.teacher_momentum),
         )
         measured = naive.step(given, drawn[0].permutation, drawn[0].mix_weights)
         assert measured["loss"] == pytest.approx(float(metrics[0]), rel=1e-4)

@@ -100,7 +100,8 @@ def test_operators_run_again_are_the_next_steps_bit_for_bit(
     given = config(**train)
     given = dataclasses.replace(
         given,
-        model=dataclasses.replace(given.model, key_norm=key_norm),
+        model=dataclasses.replace(given.model, key_norm=key_norm, teacher_momentum_end=1.0),
+        loss=dataclasses.replace(given.loss, mix_share=0.5 if scaled else 1.0),
         optim=dataclasses.replace(given.optim, name=optimizer),
     )
     tape = Tape()

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from reco_fast.errors import ConfigError
-from reco_fast.method.optim import LARS, build_optimizer, learning_rate, ramp
+from reco_fast.method.optim import LARS, build_optimizer, learning_rate, ramp, teacher_momentum
 from reco_fast.method.state import TrainState, build_state, check_device
 from reco_fast.method.step import draw, scheduled, train_step
 from reco_fast.run import checkpoint
@@ -98,6 +98,12 @@ def test_schedules() -> None:
     assert 0 < rates[99] < 0.01
     assert [ramp(step, 100, 0.5) for step in (0, 24, 49, 50, 99)] == [0.02, 0.5, 1.0, 1.0, 1.0]
     assert ramp(0, 100, 0.0) == 1.0
+    rising = ModelConfig(teacher_momentum=0.9, teacher_momentum_end=1.0)
+    momenta = [teacher_momentum(step, 100, rising) for step in range(100)]
+    assert momenta == sorted(momenta)
+    assert [momenta[0], momenta[50]] == pytest.approx([0.9, 0.95])
+    assert 0.9999 < momenta[99] < 1
+    assert teacher_momentum(99, 100, ModelConfig(teacher_momentum=0.9)) == 0.9
 
 
 def test_optimizer_state_can_be_copied() -> None:

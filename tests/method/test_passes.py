@@ -23,7 +23,7 @@ def test_teacher_update_is_the_moving_average(key_norm: str) -> None:
         for value in (*student.parameters(), student[1].running_mean):
             value.add_(1.0)
     before = copy.deepcopy(teacher.state_dict())
-    TeacherUpdate(teacher, student, key_norm)(0.9)
+    TeacherUpdate(teacher, student, key_norm)(torch.tensor(0.1))
     for name, value in teacher.named_parameters():
         torch.testing.assert_close(value, 0.9 * before[name] + 0.1 * student.get_parameter(name))
     moved = 0.1 if key_norm == "ema" else 0.0

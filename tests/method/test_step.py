@@ -145,7 +145,7 @@ def test_accumulated_parts_sum_to_the_gradient_of_the_batch() -> None:
         if parts == 1:
             within = torch.cat([draws[0].permutation[8:], 8 + draws[0].permutation[8:]])
             draws = [Draws(within, mix, None)]
-        train_step(state, config, views(0), draws, Schedule(0.1, 1.0))
+        train_step(state, config, views(0), draws, Schedule(0.1, 1.0, 0.99))
         weights[parts] = torch.cat([p.detach().flatten() for p in state.student.parameters()])
     torch.testing.assert_close(weights[1], weights[2], rtol=1e-5, atol=1e-6)
 
@@ -323,7 +323,7 @@ def test_activations_weights_and_gradients_stay_channels_last(
     given = tuple(torch.randn(6, 3, size, size).contiguous(memory_format=layout) for _ in range(3))
     layouts = Layouts(6, 3)
     with layouts.recorder:
-        train_step(state, config, given, draw(0, 6, config, CPU), Schedule(0.1, 1.0))
+        train_step(state, config, given, draw(0, 6, config, CPU), Schedule(0.1, 1.0, 0.99))
     count = sum(isinstance(module, torch.nn.Conv2d) for module in state.student.modules())
     assert layouts.convolutions == count * (2 + 2 + 2)  # the student forward and back, the teacher forward
     if layout is torch.channels_last:

@@ -82,7 +82,7 @@ with distributed.process_group(cpu):
         mine = slice(16 // ranks * rank, 16 // ranks * (rank + 1))
         permutation = inner[rank] if ranks == 2 else torch.cat([inner[0], 8 + inner[1]])
         views = tuple(v[mine].contiguous(memory_format=torch.channels_last) for v in whole)
-        metrics = train_step(state, config, views, [Draws(permutation, weights, None)], Schedule(0.1, 1.0))
+        metrics = train_step(state, config, views, [Draws(permutation, weights, None)], Schedule(0.1, 1.0, 0.99))
         losses.append(distributed.sum_over_ranks(metrics[:5].clone()) / ranks)
     result = {"losses": torch.stack(losses)} | {f"student.{n}": t for n, t in state.student.state_dict().items()}
     result |= {f"teacher.{n}": t for n, t in state.teacher.state_dict().items()}
