@@ -1,4 +1,5 @@
-"""Which relation earns its place: MoCo v2 and ReCo's terms on the same images, for as many epochs and for as long.
+"""Which relation earns its place: MoCo v2 and ReCo's terms on the same images, for as many epochs, as many encoder
+passes and as long.
 
 `python -m reco_fast.ablation [PRESET] --data.path TRAIN --data.val-path VAL [--section.field VALUE ...]`
 
@@ -11,10 +12,10 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from reco_fast.data import open_data
 from reco_fast.errors import ConfigError
@@ -31,21 +32,44 @@ from reco_fast.settings.terminal import say, show
 from reco_fast.settings.typed import WithPaths
 from reco_fast.train import train
 
-# Each method's changes to the configured loss; "both" is the loss as it is configured.
-METHODS: dict[str, dict[str, Any]] = {
-    "moco": {"objective": "moco"},
-    "global": {"local_weight": 0.0},
-    "local-cutmix": {"global_weight": 0.0, "mix": "cutmix"},
-    "local-mixup": {"global_weight": 0.0, "mix": "mixup"},
-    "both": {},
+Changes = Mapping[str, Mapping[str, Any]]
+
+
+class Method(NamedTuple):
+    """A row of the table, and the settings by section in which it differs from the configuration."""
+
+    title: str
+    changes: Callable[[Config], Changes]
+
+
+def _changed(title: str, **sections: Mapping[str, Any]) -> Method:
+    return Method(title, lambda base: sections)
+
+
+def _smaller(base: Config) -> int:
+    """About three quarters of the side: half of the pixels."""
+    return max(16, base.data.image_size * 3 // 32 * 8)
+
+
+METHODS = {
+    "moco": _changed("MoCo v2", loss={"objective": "moco"}),
+    "global": _changed("+ global", loss={"local_weight": 0.0}),
+    "local-cutmix": _changed("+ local, cutmix", loss={"global_weight": 0.0, "mix": "cutmix"}),
+    "local-mixup": _changed("+ local, mixup", loss={"global_weight": 0.0, "mix": "mixup"}),
+    "both": _changed("+ both (ReCo)"),
+    "small-mix": Method("both, a smaller mixed view", lambda base: {"loss": {"mix_size": _smaller(base)}}),
+    "half-mix": _changed("both, half of the images mixed", loss={"mix_share": 0.5}),
+    "small-weak": Method("both, a smaller weak view", lambda base: {"data": {"weak_size": _smaller(base)}}),
+    "weak-keys": _changed("both, weak keys", loss={"keys": "weak"}),
+    "late": _changed("both, relations after a quarter", loss={"start": 0.25}),
+    "growing": Method("both, growing images", lambda base: {"data": {"grow_from": _smaller(base)}}),
+    "momentum": _changed("both, teacher slower and slower", model={"teacher_momentum_end": 1.0}),
+    "norm-batch": _changed("both, teacher's norm of its batch", model={"key_norm": "batch"}),
+    "norm-split": _changed("both, teacher's norm of groups", model={"key_norm": "split"}),
+    "norm-ema": _changed("both, teacher's norm by averages", model={"key_norm": "ema"}),
 }
-TITLES = {
-    "moco": "MoCo v2",
-    "global": "+ global",
-    "local-cutmix": "+ local, cutmix",
-    "local-mixup": "+ local, mixup",
-    "both": "+ both (ReCo)",
-}
+RELATIONS = ("moco", "global", "local-cutmix", "local-mixup", "both")
+BUDGETS = ("epochs", "seconds", "passes")
 RESULT = {"method", "lr", "budget", "epochs", "seed", "seconds", "knn_top1", "linear_top1", "run"}
 
 
@@ -53,20 +77,23 @@ RESULT = {"method", "lr", "budget", "epochs", "seed", "seconds", "knn_top1", "li
 class AblationOptions(WithPaths):
     dir: Path = Path("runs/ablation")
     """Folder for the runs and the results."""
-    methods: tuple[str, ...] = tuple(METHODS)
-    """Which of moco, global, local-cutmix, local-mixup, both."""
+    methods: tuple[str, ...] = RELATIONS
+    """moco, global, local-cutmix, local-mixup, both; and both with one thing changed: small-mix, half-mix, small-weak,
+    weak-keys, late, growing, momentum, norm-batch, norm-split, norm-ema."""
     seeds: tuple[int, ...] = (0, 1)
     moco_lr: float | None = None
     """Rate of MoCo; unless said, --optim.lr. The relations add to the gradient, so alone it may want a higher one."""
-    same_seconds: bool = True
-    """Once more with as many epochs for each method as take as long as the slowest."""
+    budgets: tuple[str, ...] = ("epochs", "seconds")
+    """What methods are given alike: the configured epochs; as many epochs as take as long as the slowest; as many as
+    make as many encoder passes as the costliest (passes), which is what a GPU is bound by."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        unknown = [method for method in self.methods if method not in METHODS]
-        if unknown or not self.methods:
-            got = unknown[0] if unknown else "nothing"
-            raise ConfigError(f"--ablation.methods: expected some of {', '.join(METHODS)}, got {got}")
+        for flag, given, known in (("methods", self.methods, tuple(METHODS)), ("budgets", self.budgets, BUDGETS)):
+            unknown = [name for name in given if name not in known]
+            if unknown or not given:
+                got = unknown[0] if unknown else "nothing"
+                raise ConfigError(f"--ablation.{flag}: expected some of {', '.join(known)}, got {got}")
         if not self.seeds:
             raise ConfigError("--ablation.seeds: expected at least one number, got nothing")
 
@@ -94,12 +121,15 @@ class Variant:
         return f"{self.method}-lr{self.lr:g}-{self.epochs}epochs-seed{seed}"
 
     def config(self, base: Config, seed: int, folder: Path) -> Config:
+        """Raises ConfigError where a method's settings do not go with those of `base`."""
+        own = {
+            "optim": {"lr": self.lr},
+            "train": {"seed": seed, "epochs": self.epochs},
+            "run": {"dir": folder / self.name(seed)},
+        }
+        sections = own | METHODS[self.method].changes(base)
         return dataclasses.replace(
-            base,
-            loss=dataclasses.replace(base.loss, **METHODS[self.method]),
-            optim=dataclasses.replace(base.optim, lr=self.lr),
-            train=dataclasses.replace(base.train, seed=seed, epochs=self.epochs),
-            run=dataclasses.replace(base.run, dir=folder / self.name(seed)),
+            base, **{name: dataclasses.replace(getattr(base, name), **given) for name, given in sections.items()}
         )
 
 
@@ -132,14 +162,15 @@ def ablate(preset: str, command: AblationConfig) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     rates = options.rates(base.optim.lr)
     results = read_results(folder / "ablation.jsonl")
-    for budget in ("epochs", "seconds") if options.same_seconds else ("epochs",):
+    # The budget of epochs first, since that of seconds has to know how fast each method is.
+    for budget in sorted(options.budgets, key=BUDGETS.index):
         for seed in options.seeds:  # seed by seed, so that a stopped ablation has whole comparisons
-            for variant in variants(budget, rates, base.train.epochs, results):
+            for variant in variants(budget, rates, base, results):
                 config = variant.config(base, seed, folder)
                 if any(line["run"] == variant.name(seed) for line in results):
                     check_same_settings(config)
                     continue
-                say(f"{TITLES[variant.method]}, lr {variant.lr:g}, {variant.epochs} epochs, seed {seed}")
+                say(f"{METHODS[variant.method].title}, lr {variant.lr:g}, {variant.epochs} epochs, seed {seed}")
                 train(config, preset)
                 outcome = judged(config)
                 if outcome is None:
@@ -153,18 +184,25 @@ def ablate(preset: str, command: AblationConfig) -> int:
     return 0
 
 
-def variants(budget: str, rates: Mapping[str, float], epochs: int, results: list[dict[str, Any]]) -> Iterator[Variant]:
-    """What to run for one seed. The budget of seconds needs the runs of the budget of epochs to know speeds."""
+def variants(budget: str, rates: Mapping[str, float], base: Config, results: list[dict[str, Any]]) -> Iterator[Variant]:
+    """What to run for one seed. Raises ConfigError for the budget of seconds without the runs of that of epochs."""
+    epochs = base.train.epochs
+    alike = {method: Variant(method, lr, "epochs", epochs) for method, lr in rates.items()}
     if budget == "epochs":
-        yield from (Variant(method, lr, budget, epochs) for method, lr in rates.items())
+        yield from alike.values()
         return
-    seconds = {
-        method: statistics.median(r["seconds"] for r in results if r["method"] == method and r["budget"] == "epochs")
-        for method in rates
-    }
+    if budget == "passes":
+        costs = {method: passes(variant.config(base, 0, Path())) for method, variant in alike.items()}
+    else:
+        costs = {}
+        for method in rates:
+            seconds = [r["seconds"] for r in results if r["method"] == method and r["budget"] == "epochs"]
+            if not seconds:
+                raise ConfigError("--ablation.budgets: expected epochs beside seconds, which says how long they take")
+            costs[method] = statistics.median(seconds)
     for method, lr in rates.items():
-        longer = round(epochs * max(seconds.values()) / seconds[method])
-        if longer >= 1.1 * epochs:  # about as slow as the slowest: its line says the same
+        longer = round(epochs * max(costs.values()) / costs[method])
+        if longer >= 1.1 * epochs:  # about as costly as the costliest: its line says the same
             yield Variant(method, lr, budget, longer)
 
 
@@ -190,7 +228,8 @@ def judged(config: Config) -> dict[str, Any] | None:
     features = Features.of(labelled, *labelled_features(backbone, labelled, config, device))
     top1, penalty = linear_top1(features)
     kept = ("steps", "seconds", "knn_top1_initial", "knn_top1")
-    return {"images": len(source)} | {name: end[name] for name in kept} | {"linear_top1": top1, "linear_c": penalty}
+    counted = {"images": len(source), "passes": passes(config)}
+    return counted | {name: end[name] for name in kept} | {"linear_top1": top1, "linear_c": penalty}
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
@@ -204,7 +243,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown: a row for each method, rate and budget; mean over the seeds with the lowest and the highest."""
-    rows = ["| method | lr | epochs | seconds | seeds | kNN top-1 | linear probe |", "|---|---|---|---|---|---|---|"]
+    rows = ["| method | lr | epochs | passes | seconds | seeds | kNN top-1 | linear probe |", "|---|" + 7 * "---|"]
     groups: dict[tuple[str, str, float, int], list[dict[str, Any]]] = {}
     for line in results:
         groups.setdefault((line["budget"], line["method"], line["lr"], line["epochs"]), []).append(line)
@@ -212,7 +251,10 @@ def table(results: list[dict[str, Any]]) -> str:
     for (_, method, lr, epochs), lines in sorted(groups.items(), key=lambda g: (g[0][0], order.index(g[0][1]), g[0])):
         seconds = statistics.median(line["seconds"] for line in lines)
         knn, linear = (mean_and_range([line[name] for line in lines]) for name in ("knn_top1", "linear_top1"))
-        rows.append(f"| {TITLES[method]} | {lr:g} | {epochs} | {seconds:.0f} | {len(lines)} | {knn} | {linear} |")
+        made = next((f"{line['passes']:.3g}" for line in lines if "passes" in line), "")  # none in older files
+        rows.append(
+            f"| {METHODS[method].title} | {lr:g} | {epochs} | {made} | {seconds:.0f} | {len(lines)} | {knn} | {linear} |"
+        )
     return "\n".join(rows) + "\n"
 
 
@@ -244,7 +286,9 @@ def draw_curves(folder: Path, results: list[dict[str, Any]]) -> None:
                 each = statistics.median(line["seconds"] / line["epochs"] for line in lines)
                 x = [epoch * each / 60 for epoch in x]
             y = list(zip(*([top1 for _, top1 in points] for points in curves), strict=True))
-            (drawn,) = panel.plot(x, [statistics.mean(values) for values in y], label=TITLES[method], linewidth=1.4)
+            (drawn,) = panel.plot(
+                x, [statistics.mean(values) for values in y], label=METHODS[method].title, linewidth=1.4
+            )
             panel.fill_between(
                 x, list(map(min, y)), list(map(max, y)), color=drawn.get_color(), alpha=0.15, linewidth=0
             )

@@ -10,17 +10,44 @@ from reco_fast import ablation, check_images, embed, evaluate, export, train
 from reco_fast.errors import ConfigError
 from reco_fast.profiling.benchmarks.growth import Growth
 from reco_fast.profiling.benchmarks.step import Benchmark
-from reco_fast.settings.config import Config, DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
+from reco_fast.settings.config import Config, DataConfig, EvalConfig, LossConfig, ModelConfig, RunConfig, TrainConfig
 from reco_fast.settings.presets import PRESETS, preset
 from reco_fast.train import parse
 
 
-@pytest.mark.parametrize("name", ["quickstart", "cifar10", "imagenet100", "imagenet"])
+@pytest.mark.parametrize("name", ["quickstart", "cifar10", "imagenet100", "paper", "imagenet"])
 def test_presets_exist_and_survive_json(name: str) -> None:
     config, expectation = PRESETS[name]
     assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
     command = "reco_fast.train" if name == "quickstart" else f"reco_fast.train {name}"
     assert command in expectation
+
+
+def test_the_paper_is_a_preset() -> None:
+    """The first author's code, the setting of the paper (arXiv 2211.01796), in all that decides what is learnt."""
+    config = preset("paper")
+    assert config.loss == LossConfig(
+        objective="reco",
+        mix="cutmix",
+        mix_alpha=1.0,
+        mix_size=None,
+        mix_share=1.0,
+        mix_anchor="query",
+        keys="strong",
+        temperature=0.2,
+        student_temperature=0.1,
+        teacher_temperature=0.04,
+        global_weight=1.0,
+        local_weight=2.0,
+        ramp=0.0,
+    )
+    model, optim = config.model, config.optim
+    assert (model.arch, model.projector, model.projection_dim, model.bank_size) == ("resnet50", "mlp", 128, 65536)
+    assert (model.key_norm, model.teacher_momentum, model.teacher_momentum_end) == ("shuffle", 0.999, None)
+    rate = optim.lr * config.train.batch_size / 256
+    assert (optim.name, rate, optim.momentum, optim.weight_decay) == ("sgd", pytest.approx(0.03), 0.9, 1e-4)
+    assert (optim.decay_all, optim.warmup_epochs) == (True, 0)
+    assert (config.train.epochs, config.train.batch_size, config.data.image_size) == (100, 128, 224)
 
 
 def test_quickstart_is_the_default_preset() -> None:
