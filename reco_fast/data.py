@@ -150,7 +150,7 @@ def _in_brackets(text: str) -> str:
 
 def recipe(config: Config) -> Recipe:
     """The views that the objective looks at: no weak one without the global relation."""
-    full = reco_recipe(config.data.image_size)
+    full = reco_recipe(config.data.image_size, config.data.weak_size)
     return full if config.loss.uses_global else dataclasses.replace(full, views=full.views[:2])
 
 

@@ -17,6 +17,7 @@ from reco_fast.method.model import build_encoder, channels_last
 from reco_fast.method.optim import build_optimizer
 from reco_fast.method.state import build_state, pick_precision, runs_captured
 from reco_fast.method.step import draw, scheduled, train_step
+from reco_fast.pipelines.augmentations import reco_recipe
 from reco_fast.pipelines.sources.open import open_source
 from reco_fast.profiling.benchmarks.naive import NaiveReCo
 from reco_fast.settings.config import Config
@@ -120,8 +121,9 @@ def lightly(config: Config, device: torch.device, *, autocast: bool) -> Contesta
 
 def _random_views(config: Config, device: torch.device, count: int) -> Views:
     """This rank's share of a batch."""
-    size, rows = config.data.image_size, config.train.batch_size // distributed.world_size()
-    return tuple(torch.randn(rows, 3, size, size, device=device) for _ in range(count))
+    rows = config.train.batch_size // distributed.world_size()
+    sizes = reco_recipe(config.data.image_size, config.data.weak_size).sizes[:count]
+    return tuple(torch.randn(rows, 3, size, size, device=device) for size in sizes)
 
 
 def _view_dtype(config: Config, device: torch.device) -> torch.dtype:

@@ -68,7 +68,8 @@ def traffic(config: Config, parameters: int, *, number_bytes: int = 2) -> Traffi
     keys = batch * config.model.projection_dim * number_bytes * teacher_views
     shuffle = 0
     if config.model.key_norm == "shuffle":
-        shuffle = teacher_views * batch * 3 * config.data.image_size**2 * number_bytes + keys
+        pixels = config.data.image_size**2 + (config.data.weak_side**2 if config.loss.uses_global else 0)
+        shuffle = batch * 3 * pixels * number_bytes + keys
     return Traffic(parameters * FLOAT, keys, shuffle)
 
 

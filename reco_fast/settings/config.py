@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="DataclassInstance")
 GONE = {"train": {"convolution"}}
 """Settings that earlier versions wrote and that change nothing that a run learns, by section."""
-NEW = {"data": {"background", "range"}, "model": {"projector"}, "eval": {"train_path"}}
+NEW = {"data": {"background", "range", "weak_size"}, "model": {"projector"}, "eval": {"train_path"}}
 """Settings that earlier versions did not write: their runs have the default."""
 
 _MOST_COUNT = 2**40  # far above what is useful, far below what overflows
@@ -46,6 +46,8 @@ class DataConfig(WithPaths):
     """Without --data.path, train on the built-in generated images."""
     image_size: int = 32
     """Side of the training crops in pixels."""
+    weak_size: int | None = None
+    """Side of the weak view, which the teacher alone sees; unless said, --data.image-size. Smaller costs less."""
     loader: Literal["auto", "dali", "torch"] = "auto"
     """auto takes DALI where it is installed."""
     workers: int = 0
@@ -65,7 +67,15 @@ class DataConfig(WithPaths):
         ok = self.range is None or (math.isfinite(self.range[1] - self.range[0]) and self.range[0] < self.range[1])
         _require(ok, "data.range", self.range and "{:g} {:g}".format(*self.range), "two numbers, the lower one first")
         _require(16 <= self.image_size <= 1024, "data.image-size", self.image_size, "a size from 16 to 1024")
+        ok = self.weak_size is None or 16 <= self.weak_size <= self.image_size
+        expected = f"a size from 16 to --data.image-size, {self.image_size}"
+        _require(ok, "data.weak-size", self.weak_size, expected)
         _require(0 <= self.workers <= 256, "data.workers", self.workers, "a number from 0 to 256")
+
+    @property
+    def weak_side(self) -> int:
+        """Of the weak view, whether or not it was said."""
+        return self.weak_size or self.image_size
 
 
 @dataclass(frozen=True)

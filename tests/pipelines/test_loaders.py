@@ -185,7 +185,7 @@ def test_views_of_a_gpu_are_copied_on_the_current_stream_and_never_exported(
     with training("dali", open_source(cifar), reco_recipe(32), 4) as opened:
         loader: Any = opened
         loader._device, loader._dtype = torch.device("cuda"), torch.float16
-        view = loader._hand_out(Output())
+        view = loader._hand_out(Output(), 32)
         loader._device = torch.device("cpu")
     assert copies == [(1234, True)]
     assert np.array_equal(view.permute(0, 2, 3, 1), content)
