@@ -98,11 +98,11 @@ def graph(
             **(_decoder_buffers(*largest) if by_gpu else {}),
         )
     images = decoded.gpu() if on_gpu and not by_gpu else decoded
-    inputs = iter(values)
+    inputs, sizes = iter(values), iter(recipe.sizes)
     output = types.FLOAT16 if dtype == torch.float16 else types.FLOAT
     views = [
-        _view(images, {name: next(inputs) for name in example}, size, recipe, on_gpu, output)
-        for example, size in zip(examples, recipe.sizes, strict=True)
+        _view(images, {name: next(inputs) for name in example}, next(sizes), recipe, on_gpu, output)
+        for example in examples
     ]
     return (*views, decoded.cpu() if by_gpu else decoded) if with_decoded else tuple(views)
 

@@ -69,8 +69,8 @@ def check_weak_view(encoder: Encoder, arch: str, data: DataConfig) -> None:
             encoder.eval()(images)
     except Exception as error:  # whatever a third-party backbone raises
         raise ConfigError(
-            f"--data.weak-size: expected {data.image_size}, or another size that {arch} takes when it is built for "
-            f"that, got {data.weak_size} ({_first_line(error)})"
+            f"--data.weak-size: expected {data.image_size}, or another size that {arch} takes when built for "
+            f"{data.image_size} px, got {data.weak_size} ({_first_line(error)})"
         ) from None
     finally:
         encoder.train()
