@@ -352,7 +352,7 @@ def test_a_compiled_step_has_static_code_for_a_smaller_weak_view(monkeypatch: py
         state_module.torch, "compile", lambda module, options, **given: compile_(module, backend=backend, **given)
     )
     torch.compiler.reset()
-    config = small(arch="timm/test_efficientnet")
+    config = small()
     data, compiled = DataConfig(image_size=32, weak_size=24), dataclasses.replace(config.train, compile=True)
     config = dataclasses.replace(config, data=data, train=compiled)
     state = build_state(config, CPU)
