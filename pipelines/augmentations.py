@@ -28,11 +28,13 @@ class ViewRecipe:
     """What may happen to an image to make one view of it, in this order: crop and resize, jitter (brightness,
     contrast, saturation, hue), grayscale, blur, flip. The defaults change nothing but the size.
 
+    `size`: side in pixels; None for that of the recipe.
     `center_crop`: share of the shorter side that a deterministic central square keeps; None for a random crop with
     `area` (share of the image) and `aspect` (width / height) ranges. `hue` is in turns, at most 0.5; `blur_sigma` in
     pixels of the view.
     """
 
+    size: int | None = None
     center_crop: float | None = None
     area: tuple[float, float] = (0.2, 1.0)
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
@@ -52,6 +54,7 @@ class ViewRecipe:
         for name in ("brightness", "contrast", "saturation"):
             _check(getattr(self, name) >= 0, name, "0 or more", self)
         _check(0 <= self.hue <= 0.5, "hue", "within [0, 0.5]", self)
+        _check(self.size is None or self.size >= 1, "size", "None or at least 1 pixel", self)
         _check(self.center_crop is None or 0 < self.center_crop <= 1, "center_crop", "None or within (0, 1]", self)
         _check(0 < self.area[0] <= self.area[1] <= 1, "area", "0 < low <= high <= 1", self)
         _check(0 < self.aspect[0] <= self.aspect[1], "aspect", "0 < low <= high", self)
@@ -60,7 +63,8 @@ class ViewRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """All views of an image: square, `size` pixels a side, normalised as (x / 255 - mean) / std by channel."""
+    """All views of an image: square, `size` pixels a side unless a view has its own, normalised as
+    (x / 255 - mean) / std by channel."""
 
     views: tuple[ViewRecipe, ...]
     size: int
@@ -72,9 +76,15 @@ class Recipe:
         _check(self.size >= 1, "size", "at least 1 pixel", self)
         _check(min(self.std) > 0, "std", "above 0", self)
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The side of each view in pixels."""
+        return tuple(view.size or self.size for view in self.views)
 
-def reco_recipe(size: int) -> Recipe:
-    """Two strong views as MoCo v2 makes them and one weak view (crop and flip). No blur for small images."""
+
+def reco_recipe(size: int, weak_size: int | None = None) -> Recipe:
+    """Two strong views as MoCo v2 makes them and one weak view (crop and flip), as large unless `weak_size` says
+    otherwise. No blur for small images."""
     strong = ViewRecipe(
         flip_probability=0.5,
         jitter_probability=0.8,
@@ -85,7 +95,7 @@ def reco_recipe(size: int) -> Recipe:
         grayscale_probability=0.2,
         blur_probability=0.0 if size <= SMALL else 0.5,
     )
-    weak = ViewRecipe(flip_probability=0.5)
+    weak = ViewRecipe(size=weak_size, flip_probability=0.5)
     return Recipe((strong, strong, weak), size, *_statistics(size))
 
 

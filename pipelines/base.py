@@ -23,10 +23,10 @@ POLL = 5.0  # seconds of it at a time: a process that was stopped for longer tha
 
 
 class Batch(NamedTuple):
-    """`views`: one tensor [n, 3, S, S] for each view of the recipe, channels-last in memory, normalised, on the
-    loader's device; float32, or float16 on a GPU that computes in less. `indices`: [n] int64 on the CPU, places in the
-    source of the images that are in the batch: in training another image stands in for a bad one, and an evaluation
-    leaves it out, so that n may be less than it was asked for, even 0."""
+    """`views`: one tensor [n, 3, S, S] for each view of the recipe, each with an S of its own (`Recipe.sizes`),
+    channels-last in memory, normalised, on the loader's device; float32, or float16 on a GPU that computes in less.
+    `indices`: [n] int64 on the CPU, places in the source of the images that are in the batch: in training another image
+    stands in for a bad one, and an evaluation leaves it out, so that n may be less than it was asked for, even 0."""
 
     views: tuple[Tensor, ...]
     indices: Tensor

@@ -90,17 +90,17 @@ class DaliLoader(Loader):
             if self._with_decoded:
                 *outputs, decoded = outputs
                 self._keep(prepared.samples, decoded)
-            return Batch(tuple(self._hand_out(view) for view in outputs), torch.from_numpy(prepared.places))
+            views = tuple(map(self._hand_out, outputs, self._recipe.sizes))
+            return Batch(views, torch.from_numpy(prepared.places))
         raise StopIteration
 
-    def _hand_out(self, view: Any) -> Tensor:
+    def _hand_out(self, view: Any, size: int) -> Tensor:
         """DALI's [n, S, S, 3] as [n, 3, S, S], channels-last in memory."""
         if not self._on_gpu:
             return from_dlpack(view.as_tensor()).permute(0, 3, 1, 2)
         # A copy: DALI frees what it exports by DLPack in a thread that calls cudaDeviceSynchronize, which ends every
         # capture of a CUDA graph (NVIDIA/DALI #6259). The copy waits for the view and is queued on the stream on which
         # `copy` was allocated and will be used; DALI orders the view's release, and so its reuse, after that stream.
-        size = self._recipe.size
         copy = torch.empty((len(view), size, size, 3), dtype=self._dtype, device=self._device)
         stream = torch.cuda.current_stream(self._device).cuda_stream
         view.copy_to_external(ctypes.c_void_p(copy.data_ptr()), ctypes.c_void_p(stream), non_blocking=True)
@@ -129,9 +129,9 @@ class DaliLoader(Loader):
         """In place of a batch without a good image, which DALI could not take."""
         self._journal.end()
         places = torch.from_numpy(self._again.popleft().places)
-        size = self._recipe.size
-        view = torch.empty((0, size, size, 3), dtype=self._dtype, device=self._device).permute(0, 3, 1, 2)
-        return Batch((view,) * len(self._recipe.views), places)
+        shapes = [(0, size, size, 3) for size in self._recipe.sizes]
+        empty = (torch.empty(shape, dtype=self._dtype, device=self._device) for shape in shapes)
+        return Batch(tuple(view.permute(0, 3, 1, 2) for view in empty), places)
 
     def _build(self) -> Any:
         first = self._first()

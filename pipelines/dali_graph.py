@@ -98,9 +98,12 @@ def graph(
             **(_decoder_buffers(*largest) if by_gpu else {}),
         )
     images = decoded.gpu() if on_gpu and not by_gpu else decoded
-    inputs = iter(values)
+    inputs, sizes = iter(values), iter(recipe.sizes)
     output = types.FLOAT16 if dtype == torch.float16 else types.FLOAT
-    views = [_view(images, {name: next(inputs) for name in example}, recipe, on_gpu, output) for example in examples]
+    views = [
+        _view(images, {name: next(inputs) for name in example}, next(sizes), recipe, on_gpu, output)
+        for example in examples
+    ]
     return (*views, decoded.cpu() if by_gpu else decoded) if with_decoded else tuple(views)
 
 
@@ -124,10 +127,10 @@ def _decoder_buffers(height: int, width: int) -> dict[str, Any]:
     }
 
 
-def _view(images: Any, p: dict[str, Any], recipe: Recipe, on_gpu: bool, output: Any) -> Any:
+def _view(images: Any, p: dict[str, Any], size: int, recipe: Recipe, on_gpu: bool, output: Any) -> Any:
     # A slice and then a resize, because the resize's own region of interest lets pixels from outside bleed in.
     view = fn.slice(images, start=p["start"], shape=p["shape"], axes=(0, 1))
-    view = fn.resize(view, size=[recipe.size, recipe.size], antialias=True)
+    view = fn.resize(view, size=[size, size], antialias=True)
     if "contrast" in p:
         if on_gpu:  # of all images, also with factors of 1, which change nothing: to pick some would take longer
             view = saturation_and_hue(

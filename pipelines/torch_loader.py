@@ -9,7 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import count, islice
+from itertools import accumulate, count, islice, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -52,8 +52,9 @@ class TorchLoader(Loader):
         self._device = device
         self._dtype = dtype
         mean, std = torch.tensor(recipe.mean), torch.tensor(recipe.std)
-        self._scale = (1 / (255 * std)).repeat(recipe.size).to(device)  # of a row of pixels, [3·S]
-        self._shift = (-mean / std).repeat(recipe.size).to(device)
+        longest = max(recipe.sizes)  # a shorter row is the beginning of it
+        self._scale = (1 / (255 * std)).repeat(longest).to(device)  # of a row of pixels, [3·S]
+        self._shift = (-mean / std).repeat(longest).to(device)
         steps = count(first_step) if order.steps is None else range(first_step, order.steps)
         trains = order.steps is None
         reader = ImageReader(source, on_bad_image, seed=seed if trains else None, journal=self._journal)
@@ -89,7 +90,7 @@ class TorchLoader(Loader):
             raise DataError(made.error)
         self._bad |= made.bad
         self._source.notices.join(made.notices)
-        views = self._slots.views[made.slot, :, : made.images]
+        views = [view[made.slot, : made.images] for view in self._slots.views]
         places = torch.from_numpy(self._slots.places[made.slot, : made.images].copy())
         return Batch(tuple(self._normalize(torch.from_numpy(view)) for view in views), places)
 
@@ -116,7 +117,8 @@ class TorchLoader(Loader):
         if self._device.type == "cuda":
             view = view.pin_memory()
         rows = view.to(self._device, non_blocking=True).view(n * size, size * 3)
-        normal = torch.addcmul(self._shift, rows.float(), self._scale).to(self._dtype)
+        shift, scale = self._shift[: size * 3], self._scale[: size * 3]
+        normal = torch.addcmul(shift, rows.float(), scale).to(self._dtype)
         return normal.view(n, size, size, 3).permute(0, 3, 1, 2)
 
     def close(self) -> None:
@@ -189,19 +191,20 @@ def _stand_apart(_: int) -> None:
 
 
 class _Slots:
-    """Memory for whole batches that forked workers fill: `views` [slots, views, n, S, S, 3] uint8 and `places`
-    [slots, n] int64. It belongs to no file system, so no small /dev/shm (64 MB in a container) can be too small for it.
-    """
+    """Memory for whole batches that forked workers fill: `views`, for each of the recipe's [slots, n, S, S, 3] uint8,
+    and `places` [slots, n] int64. It belongs to no file system, so no small /dev/shm (64 MB in a container) can be too
+    small for it."""
 
     def __init__(self, slots: int, batch_size: int, recipe: Recipe) -> None:
-        views = (slots, len(recipe.views), batch_size, recipe.size, recipe.size, 3)
-        places = slots * batch_size * 8
+        shapes = [(slots, batch_size, size, size, 3) for size in recipe.sizes]
+        ends = list(accumulate(map(math.prod, shapes), initial=slots * batch_size * 8))  # of the places, of each view
         try:
-            memory = mmap.mmap(-1, places + math.prod(views))  # taken page by page, as it is written
+            memory = mmap.mmap(-1, ends[-1])  # taken page by page, as it is written
         except OSError as error:
             raise MemoryError(str(error)) from None
         self.places = np.frombuffer(memory, np.int64, slots * batch_size).reshape(slots, batch_size)
-        self.views = np.frombuffer(memory, np.uint8, offset=places).reshape(views)
+        flat = np.frombuffer(memory, np.uint8)
+        self.views = [flat[a:b].reshape(shape) for (a, b), shape in zip(pairwise(ends), shapes, strict=True)]
 
 
 class _Made(NamedTuple):
@@ -238,7 +241,7 @@ class _Steps(Dataset[_Made]):
         self._slots = slots
 
     def __getitem__(self, step: int) -> _Made:
-        slot = step % len(self._slots.views)
+        slot = step % len(self._slots.places)
         positions, wanted = self._order.batch(step)
         self._journal.begin(wanted.tolist())
         try:
@@ -252,7 +255,7 @@ class _Steps(Dataset[_Made]):
 
     def _fill(self, slot: int, positions: NDArray[np.int64], wanted: NDArray[np.int64]) -> int:
         """Put the images of these positions into a slot. Returns how many there are."""
-        views, places = self._slots.views[slot], self._slots.places[slot]
+        views, places = [view[slot] for view in self._slots.views], self._slots.places[slot]
         found = [self._reader.read(*each) for each in zip(positions.tolist(), wanted.tolist(), strict=True)]
         positions = positions[[sample is not None for sample in found]]
         samples = [sample for sample in found if sample is not None]
@@ -267,8 +270,8 @@ class _Steps(Dataset[_Made]):
                 sample, drawn, at = stand_in, self._parameters(positions[row : row + 1], [stand_in]), 0
             if image is not None:
                 places[count] = sample.place
-                for view, p in zip(views, drawn, strict=True):
-                    view[count] = render(image, p, at, self._recipe.size)
+                for view, p, size in zip(views, drawn, self._recipe.sizes, strict=True):
+                    view[count] = render(image, p, at, size)
                 count += 1
         return count
 

@@ -4,6 +4,7 @@ import copy
 import time
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from reco_fast import distributed
@@ -17,17 +18,26 @@ def step_flops(state: TrainState, config: Config) -> float:
     Counted on the meta device: nothing is computed and no statistics of the encoders change.
     """
     encoder = copy.deepcopy(state.student).to("meta")
-    images = torch.empty(2, 3, config.data.image_size, config.data.image_size, device="meta")
-    with FlopCounterMode(display=False) as student:
-        encoder(images).sum().backward()
-    with FlopCounterMode(display=False) as teacher, torch.no_grad():
-        encoder(images)
-    views = 1 + config.loss.uses_local, 1 + config.loss.uses_global
-    encoders = (views[0] * student.get_total_flops() + views[1] * teacher.get_total_flops()) / len(images)
+    size = config.data.image_size
+    mixed = config.mixed_images(config.train.batch_size) / config.train.batch_size if config.loss.uses_local else 0
+    encoders = _encoder_flops(encoder, size, learns=True)
+    if mixed:
+        encoders += mixed * _encoder_flops(encoder, config.mixed_size, learns=True)
+    encoders += sum(_encoder_flops(encoder, view, learns=False) for view in config.teacher_sizes)
     # Logits and their weighted sum of rows, 2·K·D each, for q|A, q_mix|A, and q|B with k_w|B.
-    row_sets = 1 + config.loss.uses_local + 2 * config.loss.uses_global
+    row_sets = 1 + mixed + 2 * config.loss.uses_global
     bank = row_sets * 4 * config.model.bank_size * config.model.projection_dim
     return config.train.batch_size * (encoders + bank)
+
+
+def _encoder_flops(encoder: nn.Module, size: int, *, learns: bool) -> float:
+    """Of one image of `size` px: the forward pass, and where it `learns` the backward pass too."""
+    images = torch.empty(2, 3, size, size, device="meta")
+    with FlopCounterMode(display=False) as counted, torch.set_grad_enabled(learns):
+        embeddings = encoder(images)
+        if learns:
+            embeddings.sum().backward()
+    return counted.get_total_flops() / len(images)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

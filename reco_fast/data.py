@@ -150,9 +150,9 @@ def _in_brackets(text: str) -> str:
 
 def recipe(config: Config) -> Recipe:
     """The views that the objective looks at: the student's, and then the teacher's."""
-    full = reco_recipe(config.data.image_size)
+    full = reco_recipe(config.data.image_size, config.data.weak_size)
     strong, second, weak = full.views
-    teacher = (weak,) if config.loss.keys == "weak" else (second, weak)[: config.loss.teacher_views]
+    teacher = (weak,) if config.loss.keys == "weak" else (second, weak)[: len(config.teacher_sizes)]
     return dataclasses.replace(full, views=(strong, *teacher))
 
 

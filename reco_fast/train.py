@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision.utils import make_grid
 
 from reco_fast import distributed
@@ -233,10 +234,11 @@ def evaluate_student(run: Run, state: TrainState, progress: Progress, log: RunLo
 
 
 def view_grid(batch: Batch, recipe: Recipe) -> Tensor:
-    """[3, H, W] in 0..1: a row for each of the first 8 images, a column for each view."""
+    """[3, H, W] in 0..1: a row for each of the first 8 images, a column for each view, all as large as the first."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (recipe.mean, recipe.std))
-    images = torch.stack([view[:8].float().cpu() * std + mean for view in batch.views], dim=1).flatten(0, 1)
-    return make_grid(images.clamp(0, 1), nrow=len(batch.views))
+    size = batch.views[0].shape[2:]
+    views = [interpolate(view[:8].float().cpu(), size) * std + mean for view in batch.views]  # whole pixels, enlarged
+    return make_grid(torch.stack(views, dim=1).flatten(0, 1).clamp(0, 1), nrow=len(views))
 
 
 if __name__ == "__main__":

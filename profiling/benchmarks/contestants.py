@@ -51,7 +51,7 @@ def trainer(config: Config, device: torch.device) -> Contestant:
                 yield batch.views
 
     dtype = _view_dtype(config, device)
-    views = _random_views(config, device, 1 + config.loss.teacher_views)
+    views = _random_views(config, device, (config.data.image_size, *config.teacher_sizes))
     return Contestant(train, tuple(v.to(dtype=dtype, memory_format=torch.channels_last) for v in views), batches)
 
 
@@ -65,7 +65,7 @@ def naive(config: Config, device: torch.device) -> Contestant:
     size = config.data.image_size
     permutation = torch.randperm(config.train.batch_size, device=device)
     mix_weights = torch.full((size, size), 0.5, device=device)
-    return Contestant(lambda views: model.step(views, permutation, mix_weights), _random_views(config, device, 3))
+    return Contestant(lambda views: model.step(views, permutation, mix_weights), _random_views(config, device, (size,) * 3))
 
 
 def supervised(config: Config, device: torch.device) -> Contestant:
@@ -94,7 +94,7 @@ def supervised(config: Config, device: torch.device) -> Contestant:
         return step(views[0]) if graphed is None else graphed(step, views[0])
 
     dtype = _view_dtype(config, device)
-    (view,) = _random_views(config, device, 1)
+    (view,) = _random_views(config, device, (config.data.image_size,))
     return Contestant(train, (view.to(dtype=dtype, memory_format=torch.channels_last),))
 
 
@@ -115,13 +115,13 @@ def lightly(config: Config, device: torch.device, *, autocast: bool) -> Contesta
         ) from None
     model = lightly_moco.LightlyMoCo(config, device, autocast=autocast)
     batches = partial(lightly_moco.batches, config, device)
-    return Contestant(model.step, _random_views(config, device, 2), batches)
+    return Contestant(model.step, _random_views(config, device, (config.data.image_size,) * 2), batches)
 
 
-def _random_views(config: Config, device: torch.device, count: int) -> Views:
-    """This rank's share of a batch."""
-    size, rows = config.data.image_size, config.train.batch_size // distributed.world_size()
-    return tuple(torch.randn(rows, 3, size, size, device=device) for _ in range(count))
+def _random_views(config: Config, device: torch.device, sizes: tuple[int, ...]) -> Views:
+    """This rank's share of a batch, a view for each of `sizes` pixels."""
+    rows = config.train.batch_size // distributed.world_size()
+    return tuple(torch.randn(rows, 3, size, size, device=device) for size in sizes)
 
 
 def _view_dtype(config: Config, device: torch.device) -> torch.dtype:

@@ -64,11 +64,11 @@ def traffic(config: Config, parameters: int, *, number_bytes: int = 2) -> Traffi
 
     `number_bytes`: of a view and of a bank, 2 on a GPU and 4 on a CPU.
     """
-    batch, teacher_views = config.train.batch_size, config.loss.teacher_views
-    keys = batch * config.model.projection_dim * number_bytes * teacher_views
+    batch = config.train.batch_size
+    keys = batch * config.model.projection_dim * number_bytes * len(config.teacher_sizes)
     shuffle = 0
     if config.model.key_norm == "shuffle":
-        shuffle = teacher_views * batch * 3 * config.data.image_size**2 * number_bytes + keys
+        shuffle = batch * 3 * sum(size**2 for size in config.teacher_sizes) * number_bytes + keys
     return Traffic(parameters * FLOAT, keys, shuffle)
 
 

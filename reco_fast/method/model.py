@@ -9,7 +9,7 @@ import torchvision
 from torch import Tensor, nn
 
 from reco_fast.errors import ConfigError
-from reco_fast.settings.config import ModelConfig
+from reco_fast.settings.config import DataConfig, ModelConfig
 
 SMALL_IMAGE = 64  # up to this side in pixels, a stem that divides the resolution by 4 leaves too little
 
@@ -58,6 +58,22 @@ def build_encoder(config: ModelConfig, image_size: int) -> Encoder:
             f"{config.arch} keeps its own stem: behind the small one it cannot take {image_size} px images: {refused}"
         )
     return encoder
+
+
+def check_weak_view(encoder: Encoder, arch: str, data: DataConfig) -> None:
+    """Raises ConfigError where an encoder built for --data.image-size cannot take the weak view: many transformers take
+    one size alone."""
+    images = torch.zeros(2, 3, data.weak_side, data.weak_side)
+    try:
+        with torch.no_grad():
+            encoder.eval()(images)
+    except Exception as error:  # whatever a third-party backbone raises
+        raise ConfigError(
+            f"--data.weak-size: expected {data.image_size}, or another size that {arch} takes when built for "
+            f"{data.image_size} px, got {data.weak_size} ({_first_line(error)})"
+        ) from None
+    finally:
+        encoder.train()
 
 
 def _projector(config: ModelConfig, width: int) -> nn.Module:

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from reco_fast import distributed
 from reco_fast.errors import ConfigError
 from reco_fast.method.cuda_graph import CudaBackend, Graphed
-from reco_fast.method.model import Encoder, MemoryBank, build_encoder, channels_last
+from reco_fast.method.model import Encoder, MemoryBank, build_encoder, channels_last, check_weak_view
 from reco_fast.method.norms import NormBuffers, batch_norms
 from reco_fast.method.optim import build_optimizer
 from reco_fast.method.passes import Passes, TeacherUpdate, follow_mode, running_student, running_teacher
@@ -68,6 +68,9 @@ def build_state(config: Config, device: torch.device) -> TrainState:
     torch.manual_seed(config.train.seed)
     size = config.data.image_size
     student = build_encoder(config.model, size)
+    smaller = config.loss.uses_global and config.data.weak_side != size  # the weak view, than the others
+    if smaller:
+        check_weak_view(student, config.model.arch, config.data)
     if config.model.key_norm != "batch" and not batch_norms(student):
         raise ConfigError(
             f"--model.key-norm: expected batch for {config.model.arch}, which has no batch norm, "
@@ -88,7 +91,9 @@ def build_state(config: Config, device: torch.device) -> TrainState:
     compiled = config.train.compile if config.train.compile is not None else device.type == "cuda"
     # Both views in one pass only where a compiler fuses what keeps them apart: else it costs more than it saves.
     learning = running_student(student, size, 2 if compiled and config.mixes_alike else 1)
-    teaching = running_teacher(teacher, config.model, precision, size, config.loss.teacher_views if compiled else 1)
+    # Views of two sizes are no batch.
+    together = len(config.teacher_sizes) if compiled and len(set(config.teacher_sizes)) == 1 else 1
+    teaching = running_teacher(teacher, config.model, precision, size, together)
     # Wrappers: `student` and `teacher` stay what checkpoints and evaluation see.
     wrap: Callable[[nn.Module], Any] = compile_encoder if compiled else lambda module: module
     run_student: nn.Module = Passes(wrap(learning.module), together=learning.together)
@@ -118,7 +123,9 @@ def build_state(config: Config, device: torch.device) -> TrainState:
 
 def compile_encoder(module: nn.Module) -> Any:
     """By torch.compile, without one of its fusions, on which PyTorch (seen with 2.11 and 2.14) fails for batch norms in
-    groups on a GPU: "AssertionError: 512 v.s. 1024"."""
+    groups on a GPU: "AssertionError: 512 v.s. 1024". Static: a run has few shapes (a view may be smaller) and each comes
+    in every step, so each gets code of its own; left to itself, PyTorch would make slower code for any shape once it met
+    the second."""
     return torch.compile(module, dynamic=False, options={"triton.mix_order_reduction": False})
 
 

@@ -175,7 +175,7 @@ def _batches(config: Config, parts: int, rows: int) -> dict[str, int]:
     groups = -(-rows // -(-rows // config.model.norm_groups)) if config.model.key_norm == "split" else 1
     return {
         "student": parts * (1 + config.loss.uses_local),
-        "teacher": parts * config.loss.teacher_views * groups,
+        "teacher": parts * len(config.teacher_sizes) * groups,
     }
 
 

@@ -24,7 +24,7 @@ T = TypeVar("T", bound="DataclassInstance")
 GONE = {"train": {"convolution"}}
 """Settings that earlier versions wrote and that change nothing that a run learns, by section."""
 NEW = {
-    "data": {"background", "range"},
+    "data": {"background", "range", "weak_size"},
     "model": {"projector", "teacher_momentum_end"},
     "loss": {"keys", "mix_size", "mix_share"},
     "eval": {"train_path"},
@@ -51,6 +51,8 @@ class DataConfig(WithPaths):
     """Without --data.path, train on the built-in generated images."""
     image_size: int = 32
     """Side of the training crops in pixels."""
+    weak_size: int | None = None
+    """Side of the weak view, which the teacher alone sees; unless said, --data.image-size. Smaller costs less."""
     loader: Literal["auto", "dali", "torch"] = "auto"
     """auto takes DALI where it is installed."""
     workers: int = 0
@@ -70,7 +72,15 @@ class DataConfig(WithPaths):
         ok = self.range is None or (math.isfinite(self.range[1] - self.range[0]) and self.range[0] < self.range[1])
         _require(ok, "data.range", self.range and "{:g} {:g}".format(*self.range), "two numbers, the lower one first")
         _require(16 <= self.image_size <= 1024, "data.image-size", self.image_size, "a size from 16 to 1024")
+        ok = self.weak_size is None or 16 <= self.weak_size <= self.image_size
+        expected = f"a size from 16 to --data.image-size, {self.image_size}"
+        _require(ok, "data.weak-size", self.weak_size, expected)
         _require(0 <= self.workers <= 256, "data.workers", self.workers, "a number from 0 to 256")
+
+    @property
+    def weak_side(self) -> int:
+        """Of the weak view, whether or not it was said."""
+        return self.weak_size or self.image_size
 
 
 @dataclass(frozen=True)
@@ -152,11 +162,6 @@ class LossConfig:
     @property
     def uses_local(self) -> bool:
         return self.objective == "reco" and self.local_weight > 0
-
-    @property
-    def teacher_views(self) -> int:
-        """How many views of an image the teacher encodes."""
-        return 1 + (self.uses_global and self.keys == "strong")
 
 
 @dataclass(frozen=True)
@@ -270,6 +275,13 @@ class StepConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    @property
+    def teacher_sizes(self) -> tuple[int, ...]:
+        """Side of each view that the teacher encodes: the strong one, the weak one, or both."""
+        if self.loss.keys == "weak":
+            return (self.data.weak_side,)
+        return (self.data.image_size, self.data.weak_side)[: 1 + self.loss.uses_global]
 
     @property
     def mixed_size(self) -> int:

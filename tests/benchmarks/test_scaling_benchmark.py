@@ -34,14 +34,21 @@ def eight_ranks() -> Any:
 
 @pytest.mark.parametrize("number_bytes", [4, 2])
 @pytest.mark.parametrize(
-    ("objective", "key_norm"), [("reco", "batch"), ("moco", "batch"), ("reco", "shuffle"), ("moco", "shuffle")]
+    ("objective", "key_norm", "weak"),
+    [
+        ("reco", "batch", 32),
+        ("moco", "batch", 32),
+        ("reco", "shuffle", 32),
+        ("reco", "shuffle", 20),
+        ("moco", "shuffle", 32),
+    ],
 )
 def test_bytes_are_those_that_a_step_exchanges(
-    eight_ranks: None, monkeypatch: pytest.MonkeyPatch, objective: Any, key_norm: Any, number_bytes: int
+    eight_ranks: None, monkeypatch: pytest.MonkeyPatch, objective: Any, key_norm: Any, weak: int, number_bytes: int
 ) -> None:
     """On a CPU; and with views and banks of two bytes a number, as on a GPU."""
     config = Config(
-        data=DataConfig(image_size=32),
+        data=DataConfig(image_size=32, weak_size=weak),
         model=ModelConfig(arch="timm/test_resnet", bank_size=64, projection_dim=16, key_norm=key_norm),
         loss=LossConfig(objective=objective),
         train=TrainConfig(batch_size=32, precision="fp32" if number_bytes == 4 else "bf16"),
@@ -65,7 +72,8 @@ def test_bytes_are_those_that_a_step_exchanges(
 
     monkeypatch.setattr(dist, "all_gather_into_tensor", gather)
     state.run_student.register_comm_hook(None, reduce)  # type: ignore[operator]
-    views = tuple(torch.randn(4, 3, 32, 32, dtype=dtype).to(memory_format=torch.channels_last) for _ in range(3))
+    given = (torch.randn(4, 3, size, size, dtype=dtype) for size in (32, 32, weak))
+    views = tuple(view.to(memory_format=torch.channels_last) for view in given)
     views = views if objective == "reco" else views[:2]
     train_step(state, config, views, draw(0, 4, config, CPU), Schedule(0.1, 1.0, 0.99))
     counted = scaling.traffic(config, sum(p.numel() for p in state.student.parameters()), number_bytes=number_bytes)

@@ -72,6 +72,14 @@ def test_the_supervised_bound_convolves_as_the_trainer_does() -> None:
     assert seen[0] == seen[1] >= {"convolution"}
 
 
+def test_contestants_train_on_views_of_the_sizes_that_are_said() -> None:
+    config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, weak_size=20))
+    for make in (contestants.trainer, contestants.naive):
+        contestant = make(config, CPU)
+        assert [view.shape[-1] for view in contestant.views] == [CONFIG.data.image_size, CONFIG.data.image_size, 20]
+        contestant.train(contestant.views)
+
+
 def test_the_device_says_to_what_its_libraries_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in machine.HOLDS.values():
         monkeypatch.delenv(name, raising=False)

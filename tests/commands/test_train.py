@@ -23,6 +23,8 @@ from small_runs import SMALL, metrics, write_classes
 from reco_fast import evaluate, train
 from reco_fast.errors import ConfigError
 from reco_fast.method.state import fastest_precision
+from reco_fast.pipelines.augmentations import reco_recipe
+from reco_fast.pipelines.base import Batch
 from reco_fast.run import progress
 from reco_fast.run.report import wandb_beside
 from reco_fast.settings import command_line
@@ -133,9 +135,12 @@ def test_images_without_labels_train(images: Path, tmp_path: Path, capsys: pytes
     ]
 
 
+@pytest.mark.parametrize("weak", [(), ("--data.weak-size", 20)], ids=["", "smaller weak view"])
 @pytest.mark.parametrize("loader", LOADERS)
-def test_a_run_goes_on_in_the_middle_of_an_epoch_bit_for_bit(images: Path, tmp_path: Path, loader: str) -> None:
-    options = ("--train.epochs", 2, "--data.loader", loader)
+def test_a_run_goes_on_in_the_middle_of_an_epoch_bit_for_bit(
+    images: Path, tmp_path: Path, loader: str, weak: tuple[object, ...]
+) -> None:
+    options = ("--train.epochs", 2, "--data.loader", loader, *weak)
     straight = run(images, tmp_path / "straight", *options)
     run(images, tmp_path / "parts", *options, "--train.max-steps", 3)
     resumed = run(images, tmp_path / "parts", *options)
@@ -146,6 +151,17 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch_bit_for_bit(images: Path, tmp_p
         assert torch.equal(value, second[key]), key
     assert straight[-3]["loss"] == resumed[-3]["loss"]
     assert [line["kind"] for line in resumed].count("end") == 1
+
+
+def test_the_grid_of_views_shows_a_smaller_one_enlarged() -> None:
+    shown = reco_recipe(32, 16)
+    first, second, weak = (torch.randn(3, 3, size, size) for size in shown.sizes)
+    grid = train.view_grid(Batch((first, second, weak), torch.arange(3)), shown)
+    assert grid.shape == (3, 3 * 34 + 2, 3 * 34 + 2)  # two pixels between them and around
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (shown.mean, shown.std))
+    assert torch.equal(grid[:, 2:34, 36:68], (second[0] * std + mean).clamp(0, 1))
+    assert torch.equal(grid[:, 2:34, 70:102][:, ::2, ::2], (weak[0] * std + mean).clamp(0, 1))
+    assert torch.equal(grid[:, 2:34, 70:102][:, 1::2, 1::2], (weak[0] * std + mean).clamp(0, 1))
 
 
 def test_a_run_does_not_go_on_with_other_images(images: Path, tmp_path: Path) -> None:
@@ -180,6 +196,11 @@ def test_a_finished_run_is_left_alone(images: Path, tmp_path: Path, capsys: pyte
         (["--data.path", "{images}", "--model.key-norm", "split", "--model.norm-groups", "9"], "--model.norm-groups"),
         (["--data.path", "{images}", "--train.accumulate", "3"], "ranks × --train.accumulate = 3, got 16"),
         (["--data.path", "{images}", "--loss.impl", "triton"], "--loss.impl"),
+        (["--data.path", "{images}", "--data.weak-size", "33"], "--data.weak-size"),
+        (
+            ["--data.path", "{images}", "--model.arch", "timm/vit_tiny_patch16_224", "--data.weak-size", "16"],
+            "--data.weak-size",
+        ),
         ([], "--data.path"),
     ],
 )

@@ -1,12 +1,14 @@
 """Backbones by name, the small stem, and the memory banks: nothing lost, any batch size, position on the device."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from reco_fast.errors import ConfigError
 from reco_fast.method.model import Encoder, MemoryBank, build_encoder
 from reco_fast.method.state import build_state
-from reco_fast.settings.config import Config, DataConfig, ModelConfig, TrainConfig
+from reco_fast.settings.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig
 
 
 @pytest.mark.parametrize(
@@ -118,6 +120,35 @@ def test_what_fails_in_the_backward_pass_alone_is_found_at_once(monkeypatch: pyt
     monkeypatch.setattr("reco_fast.method.model._create", lambda arch, size: Fails(3, 8, 3))
     with pytest.raises(ConfigError, match=r"--model.arch mine cannot take 32 px images: one of the variables"):
         build_encoder(ModelConfig(arch="mine"), 32)
+
+
+def of_small_weak_views(arch: str, objective: Any) -> Config:
+    return Config(
+        data=DataConfig(image_size=64, weak_size=32),
+        model=ModelConfig(arch=arch, bank_size=8, projection_dim=16),
+        loss=LossConfig(objective=objective),
+        train=TrainConfig(batch_size=4),
+    )
+
+
+def test_a_backbone_for_one_size_takes_no_smaller_weak_view() -> None:
+    expected = (
+        r"--data.weak-size: expected 64, or another .* timm/vit_tiny_patch16_224 takes .* for 64 px, got 32 \(.*\)$"
+    )
+    with pytest.raises(ConfigError, match=expected) as caught:
+        build_state(of_small_weak_views("timm/vit_tiny_patch16_224", "reco"), torch.device("cpu"))
+    assert "\n" not in str(caught.value)
+    build_state(of_small_weak_views("timm/vit_tiny_patch16_224", "moco"), torch.device("cpu"))  # has no weak view
+
+
+def test_a_trial_of_the_weak_view_leaves_no_trace() -> None:
+    tried = build_state(of_small_weak_views("timm/efficientnet_b0", "reco"), torch.device("cpu"))
+    untried = build_state(of_small_weak_views("timm/efficientnet_b0", "moco"), torch.device("cpu"))
+    assert tried.student.training
+    for (name, one), other in zip(
+        tried.student.state_dict().items(), untried.student.state_dict().values(), strict=True
+    ):
+        assert torch.equal(one, other), name
 
 
 def test_weights_of_volumes_are_no_hindrance_to_channels_last() -> None:

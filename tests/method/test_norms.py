@@ -257,7 +257,8 @@ def small(precision: str = "fp32", key_norm: str = "split", arch: str = "timm/te
 
 
 def step(state: TrainState, config: Config, *, bad: bool = False) -> None:
-    views = tuple(channels_last(8, 3, 32, 32, seed=10 * state.step + number) for number in range(3))
+    sizes = (32, 32, config.data.weak_side)
+    views = tuple(channels_last(8, 3, side, side, seed=10 * state.step + n) for n, side in enumerate(sizes))
     if bad:
         views[0][0, 0, 0, 0] = torch.inf
     train_step(state, config, views, draw(state.step, 8, config, CPU), scheduled(state.step, 10, config))
@@ -337,6 +338,31 @@ def test_whether_gradients_are_finite_is_one_operator_over_all_of_them(value: fl
     assert torch.equal(state.student.projector[2].bias, before) == (value != 1e38)
     assert recorder.seen.count("_amp_foreach_non_finite_check_and_unscale_") == 1
     assert len([name for name in recorder.seen if "::" not in name]) <= 8  # without the profiler's
+
+
+def test_a_compiled_step_has_static_code_for_a_smaller_weak_view(monkeypatch: pytest.MonkeyPatch) -> None:
+    symbols: list[bool] = []  # of each compiled graph: whether it is for any size
+
+    def backend(graph: torch.fx.GraphModule, given: list[object]) -> Callable[..., object]:
+        symbols.append(any(isinstance(each, torch.SymInt) for each in given))
+        return graph.forward
+
+    compile_ = torch.compile
+    monkeypatch.setattr(
+        state_module.torch, "compile", lambda module, options, **given: compile_(module, backend=backend, **given)
+    )
+    torch.compiler.reset()
+    config = small()
+    data, compiled = DataConfig(image_size=32, weak_size=24), dataclasses.replace(config.train, compile=True)
+    config = dataclasses.replace(config, data=data, train=compiled)
+    state = build_state(config, CPU)
+    calls: list[tuple[int, ...]] = []
+    for passes in (state.run_student, state.run_teacher):
+        passes.encoder.register_forward_hook(lambda _, given, __: calls.append(given[0].shape))
+    for _ in range(2):
+        step(state, config)
+    assert calls == 2 * [(8, 3, 32, 32), (8, 3, 24, 24), (16, 3, 32, 32)]
+    assert symbols == 3 * [False]
 
 
 def test_a_compiled_step_takes_both_views_in_one_pass_and_is_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:

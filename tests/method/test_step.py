@@ -95,6 +95,29 @@ def test_keys_of_the_step_reach_both_banks_after_the_loss() -> None:
     assert all(parameter.grad is None for parameter in state.teacher.parameters())
 
 
+@pytest.mark.parametrize("key_norm", ["batch", "split", "shuffle", "ema"])
+def test_a_smaller_weak_view_goes_through_the_teacher_at_its_size(key_norm: Any) -> None:
+    model = dataclasses.replace(CONFIG.model, key_norm=key_norm, norm_groups=2)
+    data, once = DataConfig(image_size=32, weak_size=20), dataclasses.replace(CONFIG.train, accumulate=2)
+    config = dataclasses.replace(CONFIG, model=model, data=data, train=once)
+    state = build_state(config, CPU)
+    seen: dict[str, list[int]] = {"run_student": [], "run_teacher": []}
+    for name, sizes in seen.items():
+        encoder = getattr(state, name).encoder
+        encoder.register_forward_pre_hook(lambda _, given, sizes=sizes: sizes.append(given[0].shape[-1]))
+    first, second, weak = views(0)
+    given = first, second, torch.nn.functional.avg_pool2d(weak, 13, stride=1)
+    assert given[2].is_contiguous(memory_format=torch.channels_last)
+    for step in range(2):
+        before = state.bank.weak_keys.clone()
+        metrics = train_step(state, config, given, draw(step, 16, config, CPU), scheduled(step, 10, config))
+        values = dict(zip(METRICS, metrics.tolist(), strict=True))
+        assert values["skipped_steps"] == 0
+        assert values["loss_global"] > 0
+        assert not torch.equal(state.bank.weak_keys, before)
+    assert seen == {"run_student": 8 * [32], "run_teacher": 4 * [32, 20]}
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e30])
 def test_a_key_that_overflowed_becomes_zeros_and_the_others_stay(value: float) -> None:
     keys = torch.randn(4, 2, 8)

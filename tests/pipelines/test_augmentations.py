@@ -123,6 +123,15 @@ def test_the_weak_view_is_crop_and_flip_alone_and_small_images_are_not_blurred()
     assert all(view.blur_probability == 0 for view in reco_recipe(32).views)
 
 
+def test_a_smaller_weak_view_is_the_same_crop_and_the_recipe_stays_that_of_its_size() -> None:
+    full, smaller = reco_recipe(224), reco_recipe(224, 48)
+    assert (full.sizes, smaller.sizes) == ((224, 224, 224), (224, 224, 48))
+    assert smaller.views[:2] == full.views[:2]  # blurred, as at 224 px
+    assert (smaller.mean, smaller.std) == (full.mean, full.std)
+    for name, values in vars(draw(full.views[2], number=2)).items():
+        assert np.array_equal(values, getattr(draw(smaller.views[2], number=2), name)), name
+
+
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (32, 32), (100, 900), (900, 100), (3, 2)])
 def test_crops_are_distributed_as_torchvisions(height: int, width: int) -> None:
     n = 3000
@@ -171,6 +180,7 @@ def test_evaluation_sees_a_central_square() -> None:
         (lambda: ViewRecipe(area=(0.5, 0.2)), "area: expected"),
         (lambda: ViewRecipe(hue=0.7), "hue: expected"),
         (lambda: ViewRecipe(center_crop=0.0), "center_crop: expected"),
+        (lambda: ViewRecipe(size=0), "size: expected None or at least 1 pixel"),
         (lambda: Recipe((), 32), "views: expected at least one"),
         (lambda: Recipe((WEAK,), 0), "size: expected"),
     ],

@@ -113,8 +113,9 @@ def test_what_a_worker_sends_is_small(tmp_path: Path) -> None:
 def test_batches_stay_as_they_are_while_later_ones_are_made(tmp_path: Path) -> None:
     """Workers fill the same memory again and again."""
     source = open_source(write_pictures(tmp_path, 23))
-    expected = take(training("torch", source, reco_recipe(32), 5, workers=0), 20)
-    with training("torch", source, reco_recipe(32), 5, workers=2) as loader:
+    recipe = reco_recipe(32, 20)
+    expected = take(training("torch", source, recipe, 5, workers=0), 20)
+    with training("torch", source, recipe, 5, workers=2) as loader:
         for number, batch in enumerate(expected):
             if number % 7 == 0:
                 time.sleep(0.2)  # as many are made ahead as may be

@@ -55,7 +55,7 @@ def test_two_epochs_hold_every_image_once(kind: str, world_size: int, cifar: Pat
 
 @both_loaders
 def test_a_later_first_step_continues_bit_for_bit(kind: str, cifar: Path) -> None:
-    source, recipe = open_source(cifar), reco_recipe(32)
+    source, recipe = open_source(cifar), reco_recipe(32, 20)
     whole = take(training(kind, source, recipe, 64), 8)  # 300 images: across the end of an epoch
     resumed = take(training(kind, source, recipe, 64, first_step=3), 5)
     for a, b in zip(whole[3:], resumed, strict=True):
@@ -64,8 +64,9 @@ def test_a_later_first_step_continues_bit_for_bit(kind: str, cifar: Path) -> Non
 
 
 @both_loaders
-def test_views_do_not_depend_on_batch_size_ranks_or_workers(kind: str, cifar: Path) -> None:
-    source, recipe = open_source(cifar), reco_recipe(32)
+@pytest.mark.parametrize("weak_size", [None, 20])
+def test_views_do_not_depend_on_batch_size_ranks_or_workers(kind: str, weak_size: int | None, cifar: Path) -> None:
+    source, recipe = open_source(cifar), reco_recipe(32, weak_size)
     (large,) = take(training(kind, source, recipe, 32, workers=0), 1)
     small = take(training(kind, source, recipe, 8, workers=2), 4)
     ranks = [take(training(kind, source, recipe, 32, rank=r, world_size=2), 1)[0] for r in range(2)]
@@ -96,6 +97,15 @@ def test_evaluation_is_one_pass_in_order(kind: str, images: int, batch_size: int
 
 
 @both_loaders
+def test_a_batch_without_a_good_image_has_views_of_their_sizes(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.jpg").write_text("not an image")
+    arguments: Any = kind, open_source(tmp_path), reco_recipe(32, 20), EvaluationOrder(1, 4)
+    with open_loader(*arguments, device="cpu", seed=0, workers=1) as loader:
+        (batch,) = loader
+    assert [view.shape for view in batch.views] == [(0, 3, 32, 32), (0, 3, 32, 32), (0, 3, 20, 20)]
+
+
+@both_loaders
 def test_tar_shards_are_read(kind: str, tmp_path: Path, cifar: Path) -> None:
     files = sorted(cifar.rglob("*.jpg"))[:40]
     for shard in range(2):
@@ -118,7 +128,7 @@ def test_the_graph_for_a_gpu_is_accepted_decodes_once_and_reserves_what_the_imag
     """DALI checks operators, arguments and their types as a graph is defined; only to build it takes a GPU."""
     from reco_fast.pipelines import dali_graph as dali
 
-    names = ("crop_mirror_normalize", "color_space_conversion", "saturation")
+    names = ("crop_mirror_normalize", "color_space_conversion", "saturation", "resize")
     places = {"image": dali.fn.decoders, **dict.fromkeys(names, dali.fn)}
     given: dict[str, list[dict[str, Any]]] = {name: [] for name in places}
 
@@ -128,12 +138,13 @@ def test_the_graph_for_a_gpu_is_accepted_decodes_once_and_reserves_what_the_imag
     for name, place in places.items():
         monkeypatch.setattr(place, name, recorded(name, getattr(place, name)))
     settings = {"batch_size": 2, "num_threads": 1, "device_id": 0, "exec_dynamic": True}
-    graph = dali.graph(lambda: [], reco_recipe(224), True, dtype, (375, 500), with_decoded, **settings)
+    graph = dali.graph(lambda: [], reco_recipe(224, 160), True, dtype, (375, 500), with_decoded, **settings)
     assert [output.device for output in graph._graph_out] == 3 * ["gpu"] + with_decoded * ["cpu"]
     (decoder,) = given["image"]
     assert decoder["device"] == "mixed"
     assert (decoder["preallocate_height_hint"], decoder["preallocate_width_hint"]) == (375, 500)
     assert 3 * 375 * 500 < decoder["device_memory_padding"] < 2**24  # DALI's default
+    assert [options["size"] for options in given["resize"]] == [[224, 224], [224, 224], [160, 160]]
     expected = dali.types.FLOAT16 if dtype == torch.float16 else dali.types.FLOAT
     assert [options["dtype"] for options in given["crop_mirror_normalize"]] == 3 * [expected]
     graph = dali.graph(lambda: [], reco_recipe(32), True, dtype, None, False, **settings)
@@ -182,10 +193,10 @@ def test_views_of_a_gpu_are_copied_on_the_current_stream_and_never_exported(
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=1234))
     monkeypatch.setattr(torch, "empty", lambda shape, dtype, device: empty(shape, dtype=dtype))
     monkeypatch.setattr(dali, "from_dlpack", lambda exported: pytest.fail("exported"))
-    with training("dali", open_source(cifar), reco_recipe(32), 4) as opened:
+    with training("dali", open_source(cifar), reco_recipe(48, 32), 4) as opened:
         loader: Any = opened
         loader._device, loader._dtype = torch.device("cuda"), torch.float16
-        view = loader._hand_out(Output())
+        view = loader._hand_out(Output(), 32)
         loader._device = torch.device("cpu")
     assert copies == [(1234, True)]
     assert np.array_equal(view.permute(0, 2, 3, 1), content)

@@ -59,16 +59,20 @@ def test_dali_and_torch_make_the_same_views(images_of: Callable[[str], Path], im
 
 @needs_dali
 @pytest.mark.parametrize(
-    ("images", "size", "tolerance"),
+    ("images", "size", "weak_size", "tolerance"),
     [
-        *((images, 224, 5.5) for images in and_shared("photographs")),
-        ("cifar", 32, 5.5),
-        *((more, 32, 4.5) for more in and_shared("cifar")[1:]),  # less colourful
+        *((images, 224, None, 5.5) for images in and_shared("photographs")),
+        ("photographs", 224, 160, 5.5),
+        ("cifar", 32, None, 5.5),
+        ("cifar", 32, 24, 5.5),
+        *((more, 32, None, 4.5) for more in and_shared("cifar")[1:]),  # less colourful
     ],
 )
-def test_whole_views_agree(images_of: Callable[[str], Path], images: str, size: int, tolerance: float) -> None:
+def test_whole_views_agree(
+    images_of: Callable[[str], Path], images: str, size: int, weak_size: int | None, tolerance: float
+) -> None:
     """The complete recipe, hue included; the weak view has none and is as close as a crop."""
-    recipe = reco_recipe(size)
+    recipe = reco_recipe(size, weak_size)
     source = open_source(images_of(images))
     (dali,), (reference,) = (take(training(kind, source, recipe, batch_size=64), 1) for kind in ("dali", "torch"))
     far = [
@@ -166,15 +170,25 @@ def test_factors_of_one_change_nothing() -> None:
 
 
 @both_loaders
-def test_views_are_normalized_channels_last_floats(kind: str, cifar: Path) -> None:
-    recipe = reco_recipe(32)
+@pytest.mark.parametrize("weak_size", [None, 20])
+def test_views_are_normalized_channels_last_floats(kind: str, weak_size: int | None, cifar: Path) -> None:
+    recipe = reco_recipe(32, weak_size)
     (batch,) = take(training(kind, open_source(cifar), recipe), 1)
-    assert len(batch.views) == 3
-    for view in batch.views:
-        assert view.shape == (8, 3, 32, 32)
+    for view, size in zip(batch.views, (32, 32, weak_size or 32), strict=True):
+        assert view.shape == (8, 3, size, size)
         assert view.dtype == torch.float32
         assert view.is_contiguous(memory_format=torch.channels_last)
         assert levels(view, recipe).min() > -0.01
         assert levels(view, recipe).max() < 255.01
     assert batch.indices.dtype == torch.int64
     assert not torch.equal(batch.views[0], batch.views[1])
+
+
+@both_loaders
+def test_a_smaller_weak_view_changes_no_other_and_shows_the_same_crop(kind: str, cifar: Path) -> None:
+    source, recipe = open_source(cifar), reco_recipe(32)
+    (full,), (smaller,) = (take(training(kind, source, r), 1) for r in (recipe, reco_recipe(32, 16)))
+    assert all(map(torch.equal, full.views[:2], smaller.views[:2]))
+    shrunk = torch.nn.functional.avg_pool2d(full.views[2], 2)
+    difference = [(255 * (a - shrunk) * 0.25).abs().mean() for a in (smaller.views[2], smaller.views[2].roll(1, 0))]
+    assert difference[0] < 0.3 * difference[1]  # the second: beside another image

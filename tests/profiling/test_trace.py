@@ -27,7 +27,7 @@ from reco_fast.method.state import TrainState, build_state
 from reco_fast.method.step import train_step
 from reco_fast.profiling.flops import matmul_rate, step_flops
 from reco_fast.profiling.trace import REGIONS, trace
-from reco_fast.settings.config import Config, ModelConfig, TrainConfig
+from reco_fast.settings.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig
 
 T = TypeVar("T")
 THROUGHPUT = ("images_per_second", "data_wait_fraction", "step_ms_p50", "step_ms_p95", "model_flops_utilisation")
@@ -148,18 +148,44 @@ def test_with_cuda_an_evaluation_ends_the_timeline_of_allocations(tmp_path: Path
     assert told == ["python stacks", *DUMP]
 
 
-@pytest.mark.parametrize(("objective", "passes"), [("reco", 2), ("moco", 1)])
-def test_counted_operations_of_a_known_network(objective: str, passes: int) -> None:
-    config = train.parse(["cifar10", "--loss.objective", objective, "--data.path", "x"])[0]
+@pytest.mark.parametrize(
+    ("settings", "passes", "row_sets"),
+    [
+        ({}, 8, 4),
+        ({"objective": "moco"}, 4, 1),
+        ({"objective": "moco", "keys": "weak"}, 4, 1),
+        ({"keys": "weak"}, 7, 4),
+        ({"mix_size": 16}, 5 + 3 / 4, 4),
+        ({"mix_share": 0.5}, 5 + 3 / 2, 3.5),
+        ({"keys": "weak", "mix_size": 16, "mix_share": 0.25}, 4 + 3 / 16, 3.25),
+    ],
+    ids=str,
+)
+def test_counted_operations_of_a_known_network(settings: dict[str, Any], passes: float, row_sets: float) -> None:
     config = Config(
-        model=ModelConfig(arch="resnet18", bank_size=1024), loss=config.loss, train=TrainConfig(batch_size=8)
+        model=ModelConfig(arch="resnet18", bank_size=1024), loss=LossConfig(**settings), train=TrainConfig(batch_size=8)
     )
     state = build_state(config, CPU)
     before = {name: value.clone() for name, value in state.student.state_dict().items()}
     forward = 2 * 556.9e6  # multiply-adds of the CIFAR ResNet-18 (3×3 stem) at 32 px: 555.4 M, projector 0.33 M
-    bank = (4 if objective == "reco" else 1) * 4 * 1024 * 128
-    assert step_flops(state, config) / 8 == pytest.approx(passes * 4 * forward + bank, rel=0.01)
+    bank = row_sets * 4 * 1024 * 128
+    assert step_flops(state, config) / 8 == pytest.approx(passes * forward + bank, rel=0.01)
     assert all(torch.equal(value, before[name]) for name, value in state.student.state_dict().items())
+
+
+def test_a_smaller_weak_view_takes_its_share_of_one_of_eight_passes() -> None:
+    """Of what the convolutions cost, which goes with the square of the side; the projector costs the same."""
+    model, train_ = ModelConfig(arch="resnet18", bank_size=64), TrainConfig(batch_size=8)
+    counted = []
+    for weak_size in (None, 16):
+        config = Config(data=DataConfig(weak_size=weak_size), model=model, train=train_)
+        counted.append(step_flops(build_state(config, CPU), config) / 8)
+    projector = 2 * (512 * 512 + 512 * 128)
+    bank = 4 * 4 * 64 * 128
+    # 3 for forward and backward, but the first layer's images need no gradient.
+    images = 2 * 27 * 64 * 32 * 32
+    forward = (counted[0] - bank + 2 * images) / 8
+    assert counted[0] - counted[1] == pytest.approx((forward - projector) * (1 - 16**2 / 32**2), rel=1e-9)
 
 
 def test_the_matrix_rate_is_that_of_matrix_products() -> None:

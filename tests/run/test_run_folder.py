@@ -1,5 +1,6 @@
 """Which folder a run goes to, and what it finds there."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -10,7 +11,7 @@ import pytest
 
 from reco_fast.errors import ConfigError
 from reco_fast.run import run_folder
-from reco_fast.settings.config import Config, RunConfig, TrainConfig
+from reco_fast.settings.config import Config, DataConfig, RunConfig, TrainConfig
 
 
 def at(folder: Path | None, resume: str = "auto", **train: object) -> Config:
@@ -84,6 +85,9 @@ def test_a_named_folder_with_another_run_is_refused(tmp_path: Path) -> None:
         run_folder.choose(at(tmp_path, seed=2), "p")
     with pytest.raises(ConfigError, match="without a run"):
         run_folder.choose(at(tmp_path, "never", seed=1), "p")
+    smaller = dataclasses.replace(at(tmp_path, seed=1), data=DataConfig(weak_size=24))
+    with pytest.raises(ConfigError, match=r"--data\.weak-size is None there and 24 now"):
+        run_folder.choose(smaller, "p")
     # How fast and how long may differ; what is learned may not.
     assert run_folder.choose(at(tmp_path, seed=1, max_steps=3, device="cpu"), "p") == (
         tmp_path,

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from reco_fast import ablation, check_images, embed, evaluate, export, train
+from reco_fast.data import recipe
 from reco_fast.errors import ConfigError
 from reco_fast.profiling.benchmarks.growth import Growth
 from reco_fast.profiling.benchmarks.step import Benchmark
@@ -71,6 +72,8 @@ def test_what_depends_on_the_device_is_on_off_or_not_said(name: str, prefix: str
         (["--train.epochs", "many"], r"--train\.epochs.*'many'"),
         (["--data.loader", "fast"], r"'fast'.*--data\.loader.*'dali'"),
         (["--data.range", "9", "4"], r"--data\.range: expected two numbers, the lower one first, got 9 4"),
+        (["--data.weak-size", "15"], r"--data\.weak-size: expected a size from 16 to --data\.image-size, 32, got 15"),
+        (["--data.image-size", "64", "--data.weak-size", "65"], r"--data\.weak-size: expected a size .*, 64, got 65"),
         (["--data.background", "whitish"], r"--data\.background: expected a colour such as white.*, got whitish"),
         (["--loss.temperature", "-1"], r"--loss\.temperature: expected a number above 0, got -1"),
         (["--model.bank-size", "100", "--train.batch-size", "128"], r"--model\.bank-size: .*--train\.batch-size"),
@@ -101,8 +104,16 @@ def test_a_run_of_an_earlier_version_is_read_without_what_is_gone() -> None:
 
 def test_a_run_of_an_earlier_version_has_the_default_of_what_is_new() -> None:
     values = Config().to_json()
-    del values["data"]["background"], values["data"]["range"]
+    del values["data"]["background"], values["data"]["range"], values["data"]["weak_size"]
     assert Config.from_json(values) == Config()
+
+
+def test_the_weak_view_is_as_large_as_the_others_unless_said() -> None:
+    for said, expected in (([], 96), (["--data.weak-size", "16"], 16), (["--data.weak-size", "96"], 96)):
+        config = parse(["cifar10", "--data.image-size", "96", *said])[0]
+        assert config.data.weak_side == recipe(config).sizes[2] == expected
+        assert recipe(config).sizes[:2] == (96, 96)
+        assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
 def test_a_range_survives_json() -> None:
