@@ -1,6 +1,7 @@
 """Encoders: any torchvision or timm backbone by name, the projector, and how the teacher follows the student."""
 
 import difflib
+from collections.abc import Sequence
 from typing import Any
 
 import timm
@@ -58,6 +59,19 @@ def build_encoder(config: ModelConfig, image_size: int) -> Encoder:
             f"{config.arch} keeps its own stem: behind the small one it cannot take {image_size} px images: {refused}"
         )
     return encoder
+
+
+def check_growth(encoder: Encoder, arch: str, sizes: Sequence[int]) -> None:
+    """Raises ConfigError where the backbone does not give the same features of images of all these `sizes`: many
+    transformers are built for one."""
+    for size in sizes:
+        try:
+            if _feature_dim(encoder.backbone, size) != encoder.feature_dim:
+                raise ValueError("its features have another width then")
+        except Exception as error:  # as in `build_encoder`
+            raise ConfigError(
+                f"--data.grow-from: {arch} cannot take {size} px images as well: {_first_line(error)}"
+            ) from None
 
 
 def _projector(config: ModelConfig, width: int) -> nn.Module:

@@ -2,11 +2,12 @@
 
 import contextlib
 import copy
+import gc
 import os
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 from reco_fast import distributed
 from reco_fast.errors import ConfigError
 from reco_fast.method.cuda_graph import CudaBackend, Graphed
-from reco_fast.method.model import Encoder, MemoryBank, build_encoder, channels_last
+from reco_fast.method.model import Encoder, MemoryBank, build_encoder, channels_last, check_growth
 from reco_fast.method.norms import NormBuffers, batch_norms
 from reco_fast.method.optim import build_optimizer
 from reco_fast.method.passes import Passes, TeacherUpdate, follow_mode, running_student, running_teacher
+from reco_fast.method.phases import view_sizes
 from reco_fast.settings.config import Config
 
 
@@ -37,17 +39,49 @@ class TrainState:
     bank: MemoryBank
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    run_student: nn.Module
-    run_teacher: nn.Module
-    update_teacher: TeacherUpdate
     norm_buffers: NormBuffers
     device: torch.device
     precision: torch.dtype
     relation_weight: Tensor
     """Of the step under way: a factor of both relations' weights, 0-d float32 on the device."""
+    run_student: nn.Module = field(init=False)
+    run_teacher: nn.Module = field(init=False)
+    update_teacher: TeacherUpdate = field(init=False)
     graphed: Graphed | None = None
     """Runs the step from a CUDA graph, where the run does."""
     step: int = 0
+
+    def enter(self, config: Config) -> None:
+        """Make anew what a step calls, for a phase's `config`: compiled code and a CUDA graph are of steps of one
+        shape. All that a checkpoint holds stays."""
+        del self.run_student, self.run_teacher, self.update_teacher
+        self.graphed = None
+        gc.collect()  # DistributedDataParallel refers to itself, and would hear of gradients as long as it lives
+        if _compiles(config, self.device):
+            torch.compiler.reset()  # code of the phase before counts against a limit, beyond which nothing is compiled
+        self.prepare(config)
+
+    def prepare(self, config: Config) -> None:
+        """What `enter` does in a state that is new."""
+        size, compiled = config.data.image_size, _compiles(config, self.device)
+        # Both views in one pass only where a compiler fuses what keeps them apart: else it costs more than it saves.
+        learning = running_student(self.student, size, 1 + (compiled and config.loss.uses_local))
+        views = 1 + (compiled and config.loss.uses_global)
+        teaching = running_teacher(self.teacher, config.model, self.precision, size, views)
+        # Wrappers: `student` and `teacher` stay what checkpoints and evaluation see.
+        wrap: Callable[[nn.Module], Any] = compile_encoder if compiled else lambda module: module
+        self.run_student = Passes(wrap(learning.module), together=learning.together)
+        self.run_teacher = Passes(wrap(teaching.module), together=teaching.together)
+        if distributed.world_size() > 1:
+            # Batch-norm averages stay local (rank 0's are saved); banks and teacher are not inside and never broadcast.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of its new name, which PyTorch 2.11 does not know
+                self.run_student = DistributedDataParallel(
+                    self.run_student, broadcast_buffers=False, gradient_as_bucket_view=True
+                )
+        self.update_teacher = TeacherUpdate(self.teacher, self.student, config.model.key_norm, teaching)
+        if runs_captured(config, self.device):
+            self.graphed = Graphed(CudaBackend(), insist=bool(config.train.cuda_graph))
 
     def autocast(self) -> torch.autocast:
         """Mixed precision for the encoders; nothing in float32."""
@@ -64,8 +98,8 @@ def build_state(config: Config, device: torch.device) -> TrainState:
     """A fresh state: student and teacher start equal, on all ranks alike."""
     check_device(config, device)
     torch.manual_seed(config.train.seed)
-    size = config.data.image_size
-    student = build_encoder(config.model, size)
+    student = build_encoder(config.model, config.data.image_size)
+    check_growth(student, config.model.arch, view_sizes(config.data)[:-1])
     if config.model.key_norm != "batch" and not batch_norms(student):
         raise ConfigError(
             f"--model.key-norm: expected batch for {config.model.arch}, which has no batch norm, "
@@ -82,41 +116,29 @@ def build_state(config: Config, device: torch.device) -> TrainState:
         dtype=torch.bfloat16 if device.type == "cuda" and precision != torch.float32 else torch.float32,
         seed=config.train.seed,
     ).to(device)
-
-    compiled = config.train.compile if config.train.compile is not None else device.type == "cuda"
-    # Both views in one pass only where a compiler fuses what keeps them apart: else it costs more than it saves.
-    learning = running_student(student, size, 1 + (compiled and config.loss.uses_local))
-    teaching = running_teacher(teacher, config.model, precision, size, 1 + (compiled and config.loss.uses_global))
-    # Wrappers: `student` and `teacher` stay what checkpoints and evaluation see.
-    wrap: Callable[[nn.Module], Any] = compile_encoder if compiled else lambda module: module
-    run_student: nn.Module = Passes(wrap(learning.module), together=learning.together)
-    run_teacher = Passes(wrap(teaching.module), together=teaching.together)
-    if distributed.world_size() > 1:
-        # Batch-norm averages stay local (rank 0's are saved); banks and teacher are not inside and never broadcast.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of its new name, which PyTorch 2.11 does not know
-            run_student = DistributedDataParallel(run_student, broadcast_buffers=False, gradient_as_bucket_view=True)
-    return TrainState(
+    state = TrainState(
         student=student,
         teacher=teacher,
         bank=bank,
         optimizer=build_optimizer(student, config.optim),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
-        run_student=run_student,
-        run_teacher=run_teacher,
-        update_teacher=TeacherUpdate(teacher, student, config.model.key_norm, teaching),
         norm_buffers=NormBuffers(student, teacher),
         device=device,
         precision=precision,
         relation_weight=torch.ones((), device=device),
-        graphed=Graphed(CudaBackend(), insist=bool(config.train.cuda_graph)) if runs_captured(config, device) else None,
     )
+    state.prepare(config)
+    return state
+
+
+def _compiles(config: Config, device: torch.device) -> bool:
+    return config.train.compile if config.train.compile is not None else device.type == "cuda"
 
 
 def compile_encoder(module: nn.Module) -> Any:
     """By torch.compile, without one of its fusions, on which PyTorch (seen with 2.11 and 2.14) fails for batch norms in
     groups on a GPU: "AssertionError: 512 v.s. 1024"."""
-    return torch.compile(module, options={"triton.mix_order_reduction": False})
+    return torch.compile(module, dynamic=False, options={"triton.mix_order_reduction": False})
 
 
 def check_device(config: Config, device: torch.device) -> None:

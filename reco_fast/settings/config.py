@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="DataclassInstance")
 GONE = {"train": {"convolution"}}
 """Settings that earlier versions wrote and that change nothing that a run learns, by section."""
-NEW = {"data": {"background", "range"}, "model": {"projector"}, "eval": {"train_path"}}
+NEW = {"data": {"background", "range", "grow_from"}, "model": {"projector"}, "loss": {"start"}, "eval": {"train_path"}}
 """Settings that earlier versions did not write: their runs have the default."""
 
 _MOST_COUNT = 2**40  # far above what is useful, far below what overflows
@@ -46,6 +46,8 @@ class DataConfig(WithPaths):
     """Without --data.path, train on the built-in generated images."""
     image_size: int = 32
     """Side of the training crops in pixels."""
+    grow_from: int | None = None
+    """Side of the training crops at the start, which then grows up to --data.image-size: early epochs are cheaper."""
     loader: Literal["auto", "dali", "torch"] = "auto"
     """auto takes DALI where it is installed."""
     workers: int = 0
@@ -65,6 +67,8 @@ class DataConfig(WithPaths):
         ok = self.range is None or (math.isfinite(self.range[1] - self.range[0]) and self.range[0] < self.range[1])
         _require(ok, "data.range", self.range and "{:g} {:g}".format(*self.range), "two numbers, the lower one first")
         _require(16 <= self.image_size <= 1024, "data.image-size", self.image_size, "a size from 16 to 1024")
+        ok = self.grow_from is None or 16 <= self.grow_from <= self.image_size
+        _require(ok, "data.grow-from", self.grow_from, f"a size from 16 to --data.image-size, {self.image_size}")
         _require(0 <= self.workers <= 256, "data.workers", self.workers, "a number from 0 to 256")
 
 
@@ -119,6 +123,8 @@ class LossConfig:
     """Weight of the local interpolation relation."""
     ramp: float = 0.0
     """Share of the training over which both relation weights grow linearly from 0."""
+    start: float = 0.0
+    """Share of the training before the relations, and their ramp, begin; until then a step is that of moco."""
 
     def __post_init__(self) -> None:
         for name in ("mix_alpha", "temperature", "student_temperature", "teacher_temperature"):
@@ -126,6 +132,7 @@ class LossConfig:
         for name in ("global_weight", "local_weight"):
             _require(getattr(self, name) >= 0, f"loss.{_dashed(name)}", getattr(self, name), "0 or more")
         _require(0 <= self.ramp <= 1, "loss.ramp", self.ramp, "a share from 0 to 1")
+        _require(0 <= self.start < 1, "loss.start", self.start, "a share from 0 to below 1")
 
     @property
     def uses_global(self) -> bool:

@@ -45,6 +45,12 @@ def test_what_depends_on_the_device_is_on_off_or_not_said(name: str, prefix: str
         (["--data.loader", "fast"], r"'fast'.*--data\.loader.*'dali'"),
         (["--data.range", "9", "4"], r"--data\.range: expected two numbers, the lower one first, got 9 4"),
         (["--data.background", "whitish"], r"--data\.background: expected a colour such as white.*, got whitish"),
+        (
+            ["cifar10", "--data.grow-from", "33"],
+            r"--data\.grow-from: expected a size from 16 to --data\.image-size, 32",
+        ),
+        (["--data.grow-from", "15"], r"--data\.grow-from: expected a size from 16 to .*, got 15"),
+        (["--loss.start", "1"], r"--loss\.start: expected a share from 0 to below 1, got 1"),
         (["--loss.temperature", "-1"], r"--loss\.temperature: expected a number above 0, got -1"),
         (["--model.bank-size", "100", "--train.batch-size", "128"], r"--model\.bank-size: .*--train\.batch-size"),
         (["cifar100"], r"cifar100: expected a preset, one of quickstart"),
@@ -74,7 +80,7 @@ def test_a_run_of_an_earlier_version_is_read_without_what_is_gone() -> None:
 
 def test_a_run_of_an_earlier_version_has_the_default_of_what_is_new() -> None:
     values = Config().to_json()
-    del values["data"]["background"], values["data"]["range"]
+    del values["data"]["background"], values["data"]["range"], values["data"]["grow_from"], values["loss"]["start"]
     assert Config.from_json(values) == Config()
 
 
