@@ -180,6 +180,10 @@ def test_a_finished_run_is_left_alone(images: Path, tmp_path: Path, capsys: pyte
         (["--data.path", "{images}", "--model.key-norm", "split", "--model.norm-groups", "9"], "--model.norm-groups"),
         (["--data.path", "{images}", "--train.accumulate", "3"], "ranks × --train.accumulate = 3, got 16"),
         (["--data.path", "{images}", "--loss.impl", "triton"], "--loss.impl"),
+        (
+            ["--data.path", "{images}", "--model.arch", "timm/test_vit", "--data.grow-from", "16"],
+            "--data.grow-from: timm/",
+        ),
         ([], "--data.path"),
     ],
 )
