@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import itertools
 import weakref
 from collections.abc import Callable
@@ -301,11 +302,16 @@ def test_what_a_step_called_before_is_gone_and_each_size_has_its_own_code(
         with monkeypatch.context() as several:
             several.setattr("reco_fast.distributed.world_size", lambda: 2)
             state = build_state(config, CPU)
+            state.run_student(torch.randn(8, 3, 24, 24))[0].sum().backward()
+            state.optimizer.zero_grad()
             before = weakref.ref(state.run_student)
+            gc.disable()  # which might come by chance
             state.enter(phases(config, 8)[0].config)
-        assert before() is None
+            gone = before() is None
+        assert gone
         assert len(compiled) == 4
     finally:
+        gc.enable()
         dist.destroy_process_group()
     kept: Callable[[], dict[str, Tensor]] = lambda: dict(state.teacher.named_parameters())  # noqa: E731
     with torch.no_grad():
