@@ -38,9 +38,9 @@ class Loader(ABC):
     Use it as a context manager, or call `close()`: either ends its threads and processes. It also raises DataError.
     """
 
-    def __init__(self, source: ImageSource) -> None:
+    def __init__(self, source: ImageSource, after: "Loader | None" = None) -> None:
         self._source = source
-        self._bad: dict[int, str] = source.known_bad.copy()
+        self._bad: dict[int, str] = source.known_bad | ({} if after is None else after._bad)
         self._journal = Journal(source.journal)
 
     @property
@@ -130,6 +130,11 @@ class ImageReader:
         self._lock = threading.Lock()
         self._pixels: NDArray[np.uint8] | None = None  # [len(source), H, W, 3]
         self._kept = np.zeros(len(source), bool)  # which of its rows are filled
+
+    def handed_on(self, journal: Journal) -> Self:
+        """To another loader, with all that it has read."""
+        self._journal = journal
+        return self
 
     def read(self, position: int, index: int) -> Sample | None:
         """The image at `index`, or the one that stands in for it at this position of the stream; None where it is bad

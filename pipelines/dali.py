@@ -41,8 +41,9 @@ class DaliLoader(Loader):
         workers: int,
         on_bad_image: OnBadImage,
         first_step: int,
+        after: Loader | None = None,
     ) -> None:
-        super().__init__(source)
+        super().__init__(source, after)
         self._recipe = recipe
         self._seed = seed
         self._device = device
@@ -50,13 +51,17 @@ class DaliLoader(Loader):
         self._workers = max(1, workers)
         self._order = order
         trains = order.steps is None
-        self._reader = ImageReader(
-            source,
-            on_bad_image,
-            seed=seed if trains else None,
-            journal=self._journal,
-            cache_bytes=_CACHE_BYTES if trains else 0,
-        )
+        self._reader: ImageReader
+        if trains and isinstance(after, DaliLoader):
+            self._reader = after._reader.handed_on(self._journal)
+        else:
+            self._reader = ImageReader(
+                source,
+                on_bad_image,
+                seed=seed if trains else None,
+                journal=self._journal,
+                cache_bytes=_CACHE_BYTES if trains else 0,
+            )
         self._bad = self._reader.bad
         self._ahead = ReadAhead(order, self._reader, first_step, self._prepare, self._journal)
         self._again: deque[Prepared] = deque()  # that the next pipeline begins with

@@ -24,6 +24,7 @@ def open_loader(
     on_bad_image: OnBadImage = "skip",
     first_step: int = 0,
     precision: torch.dtype = torch.float16,
+    after: Loader | None = None,
 ) -> Loader:
     """Open a loader of `recipe`'s views of the images of `source` in `order`.
 
@@ -34,6 +35,7 @@ def open_loader(
         on_bad_image: "skip" records it and in training puts another in its place, "raise" ends with DataError.
         first_step: of the order; resuming there gives the same batches as running up to it.
         precision: that the model computes in. For float32, views are float32 on a GPU too.
+        after: a closed loader of the same images, whose bad ones, and what it keeps of good ones, this one takes over.
 
     Raises:
         DataError: `kind` is "dali" and it is not installed.
@@ -46,7 +48,7 @@ def open_loader(
     kind = resolve(kind)
     device = torch.device(device)
     dtype = torch.float16 if device.type == "cuda" and precision != torch.float32 else torch.float32
-    arguments = (source, recipe, order, device, dtype, seed, workers, on_bad_image, first_step)
+    arguments = (source, recipe, order, device, dtype, seed, workers, on_bad_image, first_step, after)
     if kind == "torch":
         from reco_fast.pipelines.torch_loader import TorchLoader
 

@@ -47,8 +47,9 @@ class TorchLoader(Loader):
         workers: int,
         on_bad_image: OnBadImage,
         first_step: int,
+        after: Loader | None = None,
     ) -> None:
-        super().__init__(source)
+        super().__init__(source, after)
         self._device = device
         self._dtype = dtype
         mean, std = torch.tensor(recipe.mean), torch.tensor(recipe.std)

@@ -21,6 +21,7 @@ from reco_fast.data import open_data
 from reco_fast.errors import ConfigError
 from reco_fast.evaluation.features import Features, labelled_features, linear_top1
 from reco_fast.method.model import channels_last
+from reco_fast.method.phases import passes
 from reco_fast.method.state import pick_device
 from reco_fast.run import run_folder
 from reco_fast.run.arguments import CONFIG_HELP, preset_and_rest
@@ -122,12 +123,12 @@ class Variant:
 
     def config(self, base: Config, seed: int, folder: Path) -> Config:
         """Raises ConfigError where a method's settings do not go with those of `base`."""
-        own = {
+        own: dict[str, Mapping[str, Any]] = {
             "optim": {"lr": self.lr},
             "train": {"seed": seed, "epochs": self.epochs},
             "run": {"dir": folder / self.name(seed)},
         }
-        sections = own | METHODS[self.method].changes(base)
+        sections = {**own, **METHODS[self.method].changes(base)}
         return dataclasses.replace(
             base, **{name: dataclasses.replace(getattr(base, name), **given) for name, given in sections.items()}
         )
@@ -252,9 +253,8 @@ def table(results: list[dict[str, Any]]) -> str:
         seconds = statistics.median(line["seconds"] for line in lines)
         knn, linear = (mean_and_range([line[name] for line in lines]) for name in ("knn_top1", "linear_top1"))
         made = next((f"{line['passes']:.3g}" for line in lines if "passes" in line), "")  # none in older files
-        rows.append(
-            f"| {METHODS[method].title} | {lr:g} | {epochs} | {made} | {seconds:.0f} | {len(lines)} | {knn} | {linear} |"
-        )
+        counts = f"{epochs} | {made} | {seconds:.0f} | {len(lines)}"
+        rows.append(f"| {METHODS[method].title} | {lr:g} | {counts} | {knn} | {linear} |")
     return "\n".join(rows) + "\n"
 
 

@@ -148,18 +148,27 @@ def _in_brackets(text: str) -> str:
     return f" ({text})" if text else ""
 
 
-def recipe(config: Config) -> Recipe:
-    """The views that the objective looks at: the student's, and then the teacher's."""
-    full = reco_recipe(config.data.image_size, config.data.weak_size)
+def recipe(config: Config, grown: int | None = None) -> Recipe:
+    """The views that the objective looks at: the student's, and then the teacher's. `grown`: the side up to which they
+    grow, which decides on blur and normalisation from the start: a network must not see them change."""
+    full = reco_recipe(grown or config.data.image_size, config.data.weak_size)
     strong, second, weak = full.views
     teacher = (weak,) if config.loss.keys == "weak" else (second, weak)[: len(config.teacher_sizes)]
-    return dataclasses.replace(full, views=(strong, *teacher))
+    return dataclasses.replace(full, views=(strong, *teacher), size=config.data.image_size)
 
 
 def open_training_loader(
-    config: Config, source: ImageSource, device: torch.device, precision: torch.dtype, first_step: int = 0
+    config: Config,
+    source: ImageSource,
+    device: torch.device,
+    precision: torch.dtype,
+    first_step: int = 0,
+    *,
+    views: Recipe | None = None,
+    after: Loader | None = None,
 ) -> Loader:
-    """This rank's part of the global batches, from `first_step` on, without end."""
+    """This rank's part of the global batches, from `first_step` on, without end. `views` other than `recipe(config)`;
+    `after` as `open_loader` takes it."""
     order = TrainingOrder(
         len(source),
         config.train.batch_size,
@@ -170,7 +179,7 @@ def open_training_loader(
     return open_loader(
         config.data.loader,
         source,
-        recipe(config),
+        views or recipe(config),
         order,
         device=device,
         seed=config.train.seed,
@@ -178,6 +187,7 @@ def open_training_loader(
         on_bad_image=config.data.on_bad_image,
         first_step=first_step,
         precision=precision,
+        after=after,
     )
 
 

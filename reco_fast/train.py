@@ -18,7 +18,7 @@ from torch.nn.functional import interpolate
 from torchvision.utils import make_grid
 
 from reco_fast import distributed
-from reco_fast.data import open_data, open_training_loader, passed_over, recipe, rules_of
+from reco_fast.data import open_data, passed_over, rules_of
 from reco_fast.evaluation.features import Features, features_of, knn_top1, labelled_features
 from reco_fast.method.losses import loss_runs
 from reco_fast.method.state import TrainState, build_state, fastest_precision, pick_device
@@ -34,6 +34,7 @@ from reco_fast.run.diagnostics import spread
 from reco_fast.run.meter import Meter
 from reco_fast.run.progress import Progress, Run, reading
 from reco_fast.run.report import RunLog, wandb_beside
+from reco_fast.run.stage import Stage
 from reco_fast.settings import command_line
 from reco_fast.settings.config import Config
 from reco_fast.settings.presets import PRESETS
@@ -87,7 +88,7 @@ def train(config: Config, name: str = "run", on_metrics: Callable[[dict[str, Any
             left_out = quarantine.prepare(folder, config.data, source, labelled)
             project = config.run.wandb if writes else None
             with (
-                open_training_loader(config, source, device, state.precision, state.step) as loader,
+                Stage(run, state) as stage,
                 wandb_beside(folder, project, config.to_json()) if project else nullcontext(),
                 RunLog(folder if writes else None, run.stop_at, state.step, on_metrics) as log,
                 checkpoint.Writer(folder / "checkpoints") as writer,
@@ -99,7 +100,7 @@ def train(config: Config, name: str = "run", on_metrics: Callable[[dict[str, Any
                     log.say(line)
                 if labelled is None:
                     log.say("no --data.val-path with images by class: no kNN evaluation, only losses")
-                loop(run, state, progress, loader, log, writer, stop)
+                loop(run, state, progress, stage, log, writer, stop)
     return folder
 
 
@@ -117,36 +118,43 @@ def loop(
     run: Run,
     state: TrainState,
     progress: Progress,
-    loader: Loader,
+    stage: Stage,
     log: RunLog,
     writer: checkpoint.Writer,
     stop: distributed.StopRequest,
 ) -> None:
-    """Fetch, step, log, evaluate, checkpoint; from `state.step` to the end or to a request to stop."""
+    """Fetch, step, log, evaluate, checkpoint; from `state.step` to the end or to a request to stop.
+
+    A profile is of the first steps of this process, whatever their phase.
+    """
     config, profile = run.config, run.config.profile
     if state.step == 0:
         progress.knn_top1_initial = progress.knn_top1 = evaluate_student(run, state, progress, log)
         say_notices(run, log, state.device)
     meter, agreement = Meter(state.device), distributed.Agreement()
     sums = torch.tensor(progress.sums, device=state.device)
-    utilisation = utilisation_per_image(state, config) if profile.enabled else None
+    utilisation = utilisation_per_image(state, stage.phase.config) if profile.enabled else None
     traces = run.folder / "tensorboard" if profile.enabled else None
-    batches, saved_at, stopping = iter(loader), time.monotonic(), False
+    saved_at, stopping = time.monotonic(), False
     with trace(traces, wait=profile.wait, warmup=profile.warmup, active=profile.active) as profiler:
         while state.step < run.stop_at and not stopping:
+            if line := stage.follow():
+                log.say(line)
+                utilisation = utilisation_per_image(state, stage.phase.config) if profile.enabled else None
             with meter.waiting(), region("data_wait"):
-                batch = next(batches)
+                batch = next(stage.loader)
             if state.step == 0:
-                log.views(view_grid(batch, recipe(config)))
+                log.views(view_grid(batch, stage.recipe))
             schedule = scheduled(state.step, run.total_steps, config)
-            draws = draw(state.step, len(batch.indices), config, state.device)
-            sums += train_step(state, config, batch.views, draws, schedule)
+            draws = draw(state.step, len(batch.indices), stage.phase.config, state.device)
+            sums += train_step(state, stage.phase.config, batch.views, draws, schedule)
             progress.summed_steps += 1
             meter.add(config.train.batch_size)
             log.advance(state.step)
 
             ended = state.step == run.stop_at
-            if ended or state.step % config.run.log_every == 0:
+            changing = run.phase(state.step) is not stage.phase  # no average is of steps of two kinds
+            if ended or changing or state.step % config.run.log_every == 0:
                 log.train(*reading(run, state, progress, sums, meter, schedule.lr, utilisation))
             if ended or run.due(state.step, config.eval.every):
                 profiler.finish()
@@ -157,7 +165,7 @@ def loop(
             stopping, overdue = agreement.any(stop.signal_name is not None or log.unheard, late)
             if ended or stopping or overdue or run.saves_at(state.step):
                 progress.add(meter)
-                save(state, progress, sums, loader, log, writer)
+                save(state, progress, sums, stage.loader, log, writer)
                 say_notices(run, log, state.device)
                 saved_at = time.monotonic()
                 agreement.forget()

@@ -65,7 +65,9 @@ def naive(config: Config, device: torch.device) -> Contestant:
     size = config.data.image_size
     permutation = torch.randperm(config.train.batch_size, device=device)
     mix_weights = torch.full((size, size), 0.5, device=device)
-    return Contestant(lambda views: model.step(views, permutation, mix_weights), _random_views(config, device, (size,) * 3))
+    return Contestant(
+        lambda views: model.step(views, permutation, mix_weights), _random_views(config, device, (size,) * 3)
+    )
 
 
 def supervised(config: Config, device: torch.device) -> Contestant:

@@ -1,6 +1,7 @@
 """Encoders: any torchvision or timm backbone by name, the projector, and how the teacher follows the student."""
 
 import difflib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
@@ -9,7 +10,7 @@ import torchvision
 from torch import Tensor, nn
 
 from reco_fast.errors import ConfigError
-from reco_fast.settings.config import DataConfig, ModelConfig
+from reco_fast.settings.config import ModelConfig
 
 SMALL_IMAGE = 64  # up to this side in pixels, a stem that divides the resolution by 4 leaves too little
 
@@ -60,20 +61,19 @@ def build_encoder(config: ModelConfig, image_size: int) -> Encoder:
     return encoder
 
 
-def check_weak_view(encoder: Encoder, arch: str, data: DataConfig) -> None:
-    """Raises ConfigError where an encoder built for --data.image-size cannot take the weak view: many transformers take
-    one size alone."""
-    images = torch.zeros(2, 3, data.weak_side, data.weak_side)
-    try:
-        with torch.no_grad():
-            encoder.eval()(images)
-    except Exception as error:  # whatever a third-party backbone raises
-        raise ConfigError(
-            f"--data.weak-size: expected {data.image_size}, or another size that {arch} takes when built for "
-            f"{data.image_size} px, got {data.weak_size} ({_first_line(error)})"
-        ) from None
-    finally:
-        encoder.train()
+def check_other_sizes(encoder: Encoder, arch: str, size: int, others: Mapping[str, Sequence[int]]) -> None:
+    """Raises ConfigError where an encoder built for views of `size` pixels cannot take those of `others`, by the flag
+    that asks for them, or gives other features of them: many transformers take one size alone."""
+    for flag, sides in others.items():
+        for side in sides:
+            try:
+                if side != size and _feature_dim(encoder.backbone, side) != encoder.feature_dim:
+                    raise ValueError("its features have another width then")
+            except Exception as error:  # as in `build_encoder`
+                raise ConfigError(
+                    f"--{flag}: expected a size that {arch} takes when it is built for {size} px, got {side} "
+                    f"({_first_line(error)})"
+                ) from None
 
 
 def _projector(config: ModelConfig, width: int) -> nn.Module:

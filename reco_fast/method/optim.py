@@ -167,9 +167,11 @@ def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def ramp(step: int, total: int, share: float) -> float:
-    """Linear up to 1 over the first `share` of `total` steps, then 1."""
-    return min(1.0, (step + 1) / (share * total)) if share > 0 else 1.0
+def ramp(step: int, total: int, share: float, first: int = 0) -> float:
+    """0 before the step `first`, then linear up to 1 over `share` of `total` steps, then 1."""
+    if step < first:
+        return 0.0
+    return min(1.0, (step - first + 1) / (share * total)) if share > 0 else 1.0
 
 
 def teacher_momentum(step: int, total: int, config: ModelConfig) -> float:

@@ -2,11 +2,12 @@
 
 import contextlib
 import copy
+import gc
 import os
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 from reco_fast import distributed
 from reco_fast.errors import ConfigError
 from reco_fast.method.cuda_graph import CudaBackend, Graphed
-from reco_fast.method.model import Encoder, MemoryBank, build_encoder, channels_last, check_weak_view
+from reco_fast.method.model import Encoder, MemoryBank, build_encoder, channels_last, check_other_sizes
 from reco_fast.method.norms import NormBuffers, batch_norms
 from reco_fast.method.optim import build_optimizer
 from reco_fast.method.passes import Passes, TeacherUpdate, follow_mode, running_student, running_teacher
+from reco_fast.method.phases import view_sizes
 from reco_fast.settings.config import Config
 
 
@@ -37,9 +39,6 @@ class TrainState:
     bank: MemoryBank
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    run_student: nn.Module
-    run_teacher: nn.Module
-    update_teacher: TeacherUpdate
     norm_buffers: NormBuffers
     device: torch.device
     precision: torch.dtype
@@ -47,9 +46,45 @@ class TrainState:
     """Of the step under way: a factor of both relations' weights, 0-d float32 on the device."""
     teacher_rate: Tensor
     """Of the step under way: 1 less the teacher's momentum, 0-d float32 on the device."""
+    run_student: nn.Module = field(init=False)
+    run_teacher: nn.Module = field(init=False)
+    update_teacher: TeacherUpdate = field(init=False)
     graphed: Graphed | None = None
     """Runs the step from a CUDA graph, where the run does."""
     step: int = 0
+
+    def enter(self, config: Config) -> None:
+        """Make anew what a step calls, for a phase's `config`: compiled code and a CUDA graph are of steps of one
+        shape. All that a checkpoint holds stays."""
+        del self.run_student, self.run_teacher, self.update_teacher
+        self.graphed = None
+        gc.collect()  # DistributedDataParallel refers to itself, and would hear of gradients as long as it lives
+        if _compiles(config, self.device):
+            torch.compiler.reset()  # code of the phase before counts against a limit, beyond which nothing is compiled
+        self.prepare(config)
+
+    def prepare(self, config: Config) -> None:
+        """What `enter` does in a state that is new."""
+        size, compiled = config.data.image_size, _compiles(config, self.device)
+        # Both views in one pass only where a compiler fuses what keeps them apart: else it costs more than it saves.
+        learning = running_student(self.student, size, 2 if compiled and config.mixes_alike else 1)
+        alike = len(set(config.teacher_sizes)) == 1  # views of two sizes are no batch
+        views = len(config.teacher_sizes) if compiled and alike else 1
+        teaching = running_teacher(self.teacher, config.model, self.precision, size, views)
+        # Wrappers: `student` and `teacher` stay what checkpoints and evaluation see.
+        wrap: Callable[[nn.Module], Any] = compile_encoder if compiled else lambda module: module
+        self.run_student = Passes(wrap(learning.module), together=learning.together)
+        self.run_teacher = Passes(wrap(teaching.module), together=teaching.together)
+        if distributed.world_size() > 1:
+            # Batch-norm averages stay local (rank 0's are saved); banks and teacher are not inside and never broadcast.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of its new name, which PyTorch 2.11 does not know
+                self.run_student = DistributedDataParallel(
+                    self.run_student, broadcast_buffers=False, gradient_as_bucket_view=True
+                )
+        self.update_teacher = TeacherUpdate(self.teacher, self.student, config.model.key_norm, teaching)
+        if runs_captured(config, self.device):
+            self.graphed = Graphed(CudaBackend(), insist=bool(config.train.cuda_graph))
 
     def autocast(self) -> torch.autocast:
         """Mixed precision for the encoders; nothing in float32."""
@@ -68,9 +103,12 @@ def build_state(config: Config, device: torch.device) -> TrainState:
     torch.manual_seed(config.train.seed)
     size = config.data.image_size
     student = build_encoder(config.model, size)
-    smaller = config.loss.uses_global and config.data.weak_side != size  # the weak view, than the others
-    if smaller:
-        check_weak_view(student, config.model.arch, config.data)
+    others = {
+        "data.grow-from": view_sizes(config.data),
+        "data.weak-size": config.teacher_sizes,
+        "loss.mix-size": [config.mixed_size] if config.loss.uses_local else [],
+    }
+    check_other_sizes(student, config.model.arch, size, others)
     if config.model.key_norm != "batch" and not batch_norms(student):
         raise ConfigError(
             f"--model.key-norm: expected batch for {config.model.arch}, which has no batch norm, "
@@ -87,45 +125,31 @@ def build_state(config: Config, device: torch.device) -> TrainState:
         dtype=torch.bfloat16 if device.type == "cuda" and precision != torch.float32 else torch.float32,
         seed=config.train.seed,
     ).to(device)
-
-    compiled = config.train.compile if config.train.compile is not None else device.type == "cuda"
-    # Both views in one pass only where a compiler fuses what keeps them apart: else it costs more than it saves.
-    learning = running_student(student, size, 2 if compiled and config.mixes_alike else 1)
-    # Views of two sizes are no batch.
-    together = len(config.teacher_sizes) if compiled and len(set(config.teacher_sizes)) == 1 else 1
-    teaching = running_teacher(teacher, config.model, precision, size, together)
-    # Wrappers: `student` and `teacher` stay what checkpoints and evaluation see.
-    wrap: Callable[[nn.Module], Any] = compile_encoder if compiled else lambda module: module
-    run_student: nn.Module = Passes(wrap(learning.module), together=learning.together)
-    run_teacher = Passes(wrap(teaching.module), together=teaching.together)
-    if distributed.world_size() > 1:
-        # Batch-norm averages stay local (rank 0's are saved); banks and teacher are not inside and never broadcast.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of its new name, which PyTorch 2.11 does not know
-            run_student = DistributedDataParallel(run_student, broadcast_buffers=False, gradient_as_bucket_view=True)
-    return TrainState(
+    state = TrainState(
         student=student,
         teacher=teacher,
         bank=bank,
         optimizer=build_optimizer(student, config.optim),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
-        run_student=run_student,
-        run_teacher=run_teacher,
-        update_teacher=TeacherUpdate(teacher, student, config.model.key_norm, teaching),
         norm_buffers=NormBuffers(student, teacher),
         device=device,
         precision=precision,
         relation_weight=torch.ones((), device=device),
         teacher_rate=torch.tensor(1 - config.model.teacher_momentum, device=device),
-        graphed=Graphed(CudaBackend(), insist=bool(config.train.cuda_graph)) if runs_captured(config, device) else None,
     )
+    state.prepare(config)
+    return state
+
+
+def _compiles(config: Config, device: torch.device) -> bool:
+    return config.train.compile if config.train.compile is not None else device.type == "cuda"
 
 
 def compile_encoder(module: nn.Module) -> Any:
     """By torch.compile, without one of its fusions, on which PyTorch (seen with 2.11 and 2.14) fails for batch norms in
-    groups on a GPU: "AssertionError: 512 v.s. 1024". Static: a run has few shapes (a view may be smaller) and each comes
-    in every step, so each gets code of its own; left to itself, PyTorch would make slower code for any shape once it met
-    the second."""
+    groups on a GPU: "AssertionError: 512 v.s. 1024". Static: a run has few shapes (a view may be smaller) and each
+    comes in every step, so each gets code of its own; left to itself, PyTorch would make slower code for any shape once
+    it met the second."""
     return torch.compile(module, dynamic=False, options={"triton.mix_order_reduction": False})
 
 

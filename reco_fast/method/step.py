@@ -16,6 +16,7 @@ from reco_fast.kernels.reference import mix_target, unit
 from reco_fast.method.losses import reco_loss
 from reco_fast.method.optim import learning_rate, ramp, set_learning_rate, teacher_momentum
 from reco_fast.method.passes import teacher_forward
+from reco_fast.method.phases import relations_from
 from reco_fast.method.state import TrainState
 from reco_fast.profiling.trace import region
 from reco_fast.settings.config import Config, LossConfig
@@ -62,7 +63,7 @@ def scheduled(step: int, total_steps: int, config: Config) -> Schedule:
     peak = config.optim.lr * config.train.batch_size / 256
     return Schedule(
         lr=learning_rate(step, total_steps, warmup, peak),
-        relation_weight=ramp(step, total_steps, config.loss.ramp),
+        relation_weight=ramp(step, total_steps, config.loss.ramp, relations_from(config.loss, total_steps)),
         teacher_momentum=teacher_momentum(step, total_steps, config.model),
     )
 

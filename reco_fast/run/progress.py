@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from reco_fast import distributed
 from reco_fast.data import LabelledData
 from reco_fast.errors import ConfigError
+from reco_fast.method.phases import Phase, phases
 from reco_fast.method.state import TrainState
 from reco_fast.method.step import METRICS, scheduled
 from reco_fast.pipelines.sources.image_source import ImageSource
@@ -45,6 +47,14 @@ class Run:
     @property
     def stop_at(self) -> int:
         return min(self.total_steps, self.config.train.max_steps or self.total_steps)
+
+    @cached_property
+    def phases(self) -> list[Phase]:
+        return phases(self.config, self.total_steps)
+
+    def phase(self, step: int) -> Phase:
+        """That the step with this number, from 0, is in."""
+        return [phase for phase in self.phases if phase.first_step <= step][-1]
 
     def settled(self, step: int) -> bool:
         """Whether embeddings should have come apart: past the first epoch (or many steps) and the warm-up."""
@@ -133,12 +143,14 @@ def reading(
 ) -> tuple[dict[str, float], list[Finding]]:
     """What the steps since the last reading were like, as `RunLog.train` takes it, and what is wrong by it.
 
-    `utilisation`: of the device's peak rate, for each image a second; None where nobody asked.
+    All of them were in one phase. `utilisation`: of the device's peak rate, for each image a second; None where nobody
+    asked.
     """
     steps = progress.summed_steps
     values = averages(sums, progress)
-    values |= _context(run, state, values, steps)
-    findings = progress.watch.reading(values, run.config, settled=run.settled(state.step))
+    config = run.phase(state.step - 1).config
+    values |= _context(run, config, state, values, steps)
+    findings = progress.watch.reading(values, config, settled=run.settled(state.step))
     times = meter.step_times()
     rate, waited = meter.read()
     speed = {"lr": lr, "images_per_second": rate, "data_wait_fraction": waited} | times
@@ -147,10 +159,9 @@ def reading(
     return {"step": state.step, "epoch": run.epoch(state.step)} | values | speed, findings
 
 
-def _context(run: Run, state: TrainState, values: dict[str, float], steps: int) -> dict[str, float]:
+def _context(run: Run, config: Config, state: TrainState, values: dict[str, float], steps: int) -> dict[str, float]:
     """What to read `values`, averages of the last `steps` steps, against: their mean relation weight, the levels of
     chance, and the spread of the newest keys in the memory bank."""
-    config = run.config
     weights = [scheduled(s, run.total_steps, config).relation_weight for s in range(state.step - steps, state.step)]
     weight = sum(weights) / max(1, steps)
     keys = state.bank.newest(min(config.model.bank_size, SPREAD_ROWS, state.step * config.train.batch_size))

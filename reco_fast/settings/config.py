@@ -24,9 +24,9 @@ T = TypeVar("T", bound="DataclassInstance")
 GONE = {"train": {"convolution"}}
 """Settings that earlier versions wrote and that change nothing that a run learns, by section."""
 NEW = {
-    "data": {"background", "range", "weak_size"},
+    "data": {"background", "range", "weak_size", "grow_from"},
     "model": {"projector", "teacher_momentum_end"},
-    "loss": {"keys", "mix_size", "mix_share"},
+    "loss": {"keys", "mix_size", "mix_share", "start"},
     "eval": {"train_path"},
 }
 """Settings that earlier versions did not write: their runs have the default."""
@@ -51,6 +51,8 @@ class DataConfig(WithPaths):
     """Without --data.path, train on the built-in generated images."""
     image_size: int = 32
     """Side of the training crops in pixels."""
+    grow_from: int | None = None
+    """Side of the training crops at the start, which then grows up to --data.image-size: early epochs are cheaper."""
     weak_size: int | None = None
     """Side of the weak view, which the teacher alone sees; unless said, --data.image-size. Smaller costs less."""
     loader: Literal["auto", "dali", "torch"] = "auto"
@@ -72,9 +74,9 @@ class DataConfig(WithPaths):
         ok = self.range is None or (math.isfinite(self.range[1] - self.range[0]) and self.range[0] < self.range[1])
         _require(ok, "data.range", self.range and "{:g} {:g}".format(*self.range), "two numbers, the lower one first")
         _require(16 <= self.image_size <= 1024, "data.image-size", self.image_size, "a size from 16 to 1024")
-        ok = self.weak_size is None or 16 <= self.weak_size <= self.image_size
-        expected = f"a size from 16 to --data.image-size, {self.image_size}"
-        _require(ok, "data.weak-size", self.weak_size, expected)
+        for name in ("weak_size", "grow_from"):
+            side, expected = getattr(self, name), f"a size from 16 to --data.image-size, {self.image_size}"
+            _require(side is None or 16 <= side <= self.image_size, f"data.{_dashed(name)}", side, expected)
         _require(0 <= self.workers <= 256, "data.workers", self.workers, "a number from 0 to 256")
 
     @property
@@ -145,6 +147,8 @@ class LossConfig:
     """Weight of the local interpolation relation."""
     ramp: float = 0.0
     """Share of the training over which both relation weights grow linearly from 0."""
+    start: float = 0.0
+    """Share of the training before the relations, and their ramp, begin; until then a step is that of moco."""
 
     def __post_init__(self) -> None:
         for name in ("mix_alpha", "temperature", "student_temperature", "teacher_temperature"):
@@ -154,6 +158,7 @@ class LossConfig:
         _require(0 <= self.ramp <= 1, "loss.ramp", self.ramp, "a share from 0 to 1")
         _require(0 < self.mix_share <= 1, "loss.mix-share", self.mix_share, "a share above 0, at most 1")
         _require(self.mix_size is None or self.mix_size >= 16, "loss.mix-size", self.mix_size, "16 or more")
+        _require(0 <= self.start < 1, "loss.start", self.start, "a share from 0 to below 1")
 
     @property
     def uses_global(self) -> bool:

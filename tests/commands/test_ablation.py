@@ -12,6 +12,7 @@ from reco_fast import ablation
 from reco_fast.ablation import METHODS, AblationOptions, Variant, table, variants
 from reco_fast.errors import ConfigError
 from reco_fast.settings.config import Config
+from reco_fast.settings.presets import preset
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def results(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "ablation.jsonl").read_text().splitlines()]
 
 
-FLAGS = ("--ablation.no-same-seconds", "--ablation.seeds", 3, "--ablation.methods", "moco", "both")
+FLAGS = ("--ablation.budgets", "epochs", "--ablation.seeds", 3, "--ablation.methods", "moco", "both")
 
 
 @pytest.fixture(scope="module")
@@ -98,16 +99,21 @@ def test_moco_has_its_own_rate_and_runs_only_if_asked_for() -> None:
     assert AblationOptions(methods=("moco",)).rates(0.1) == {"moco": 0.1}
 
 
-def test_the_budget_of_seconds_gives_faster_methods_more_epochs() -> None:
+def test_a_budget_gives_cheaper_methods_more_epochs() -> None:
     lines = [
         {"method": method, "budget": "epochs", "lr": 0.1, "seed": seed, "seconds": seconds + seed}
         for method, seconds in (("moco", 50.0), ("both", 99.0))
         for seed in (0, 1, 2)
     ]
-    rates = {"moco": 0.2, "both": 0.1}
+    rates, base = {"moco": 0.2, "both": 0.1}, preset("quickstart", train={"epochs": 10})
     equal = [Variant("moco", 0.2, "epochs", 10), Variant("both", 0.1, "epochs", 10)]
-    assert list(variants("epochs", rates, 10, lines)) == equal
-    assert list(variants("seconds", rates, 10, lines)) == [Variant("moco", 0.2, "seconds", 20)]
+    assert list(variants("epochs", rates, base, lines)) == equal
+    assert list(variants("seconds", rates, base, lines)) == [Variant("moco", 0.2, "seconds", 20)]
+    # Eight passes an image, four, and six and a half; no run has to be timed for it.
+    longer = [Variant("moco", 0.1, "passes", 20), Variant("half-mix", 0.1, "passes", 12)]
+    assert list(variants("passes", dict.fromkeys(("moco", "half-mix", "both"), 0.1), base, [])) == longer
+    with pytest.raises(ConfigError, match=r"--ablation\.budgets: expected epochs beside seconds"):
+        list(variants("seconds", rates, base, []))
 
 
 def test_the_budget_of_seconds_follows_the_budget_of_epochs(
@@ -140,7 +146,7 @@ def test_the_table_has_means_and_ranges() -> None:
         for seed, knn in ((0, 40.0), (1, 41.0), (2, 45.0))
     ]  # fmt: skip
     assert table(lines).splitlines()[2] == (
-        "| + both (ReCo) | 0.06 | 5 | 60 | 3 | 42.0 (40.0 to 45.0) | 50.0 (50.0 to 50.0) |"
+        "| + both (ReCo) | 0.06 | 5 |  | 60 | 3 | 42.0 (40.0 to 45.0) | 50.0 (50.0 to 50.0) |"
     )
 
 
@@ -148,6 +154,7 @@ def test_the_table_has_means_and_ranges() -> None:
     ("flags", "message"),
     [
         (["--ablation.methods", "mocco"], r"--ablation\.methods: expected some of moco, .*, got mocco"),
+        (["--ablation.budgets", "minutes"], r"--ablation\.budgets: expected some of epochs, .*, got minutes"),
         (["--ablation.seeds"], r"--ablation\.seeds: expected at least one number, got nothing"),
         (["--ablation.sed", "1"], r"--ablation\.sed: unknown flag; did you mean --ablation\.seeds\?"),
     ],
@@ -166,9 +173,27 @@ def test_one_process_with_labels(images: Path, tmp_path: Path, monkeypatch: pyte
         ablation.ablate(preset, command)
 
 
-def test_the_methods_differ_in_the_loss_alone() -> None:
-    _, command = ablation.parse([])
+@pytest.mark.parametrize(("flags", "smaller"), [([], 24), (["imagenet100"], 168), (["--data.image-size", "16"], 16)])
+def test_each_method_differs_in_its_own_settings_alone(flags: list[str], smaller: int) -> None:
+    _, command = ablation.parse(flags)
+    base = command.to_json()
+    found = {}
     for method in METHODS:
-        config = Variant(method, command.optim.lr, "epochs", command.train.epochs).config(command, 0, Path("x"))
-        for section in ("data", "model", "optim", "train", "eval", "profile"):
-            assert getattr(config, section) == getattr(command, section)
+        variant = Variant(method, command.optim.lr, "epochs", command.train.epochs)
+        given = variant.config(command, command.train.seed, Path("x")).to_json()
+        found[method] = {
+            f"{section}.{name}": value
+            for section, values in given.items()
+            for name, value in values.items()
+            if section not in ("run", "ablation") and value != base[section][name]
+        }
+    assert found["moco"] == {"loss.objective": "moco"}
+    assert found["both"] == {}
+    assert found["small-mix"] == {"loss.mix_size": smaller}
+    assert found["small-weak"] == {"data.weak_size": smaller}
+    assert found["growing"] == {"data.grow_from": smaller}
+    assert found["late"] == {"loss.start": 0.25}
+    assert found["weak-keys"] == {"loss.keys": "weak"}
+    assert found["half-mix"] == {"loss.mix_share": 0.5}
+    assert found["momentum"] == {"model.teacher_momentum_end": 1.0}
+    assert all(len(changed) <= 2 for changed in found.values())

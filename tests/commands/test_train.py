@@ -201,6 +201,10 @@ def test_a_finished_run_is_left_alone(images: Path, tmp_path: Path, capsys: pyte
             ["--data.path", "{images}", "--model.arch", "timm/vit_tiny_patch16_224", "--data.weak-size", "16"],
             "--data.weak-size",
         ),
+        (
+            ["--data.path", "{images}", "--model.arch", "timm/test_vit", "--data.grow-from", "16"],
+            "--data.grow-from: timm/",
+        ),
         ([], "--data.path"),
     ],
 )

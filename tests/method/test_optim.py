@@ -98,6 +98,8 @@ def test_schedules() -> None:
     assert 0 < rates[99] < 0.01
     assert [ramp(step, 100, 0.5) for step in (0, 24, 49, 50, 99)] == [0.02, 0.5, 1.0, 1.0, 1.0]
     assert ramp(0, 100, 0.0) == 1.0
+    assert [ramp(step, 100, 0.5, 20) for step in (0, 19, 20, 44, 69, 99)] == [0.0, 0.0, 0.02, 0.5, 1.0, 1.0]
+    assert [ramp(step, 100, 0.0, 20) for step in (19, 20)] == [0.0, 1.0]
     rising = ModelConfig(teacher_momentum=0.9, teacher_momentum_end=1.0)
     momenta = [teacher_momentum(step, 100, rising) for step in range(100)]
     assert momenta == sorted(momenta)

@@ -75,6 +75,12 @@ def test_what_depends_on_the_device_is_on_off_or_not_said(name: str, prefix: str
         (["--data.weak-size", "15"], r"--data\.weak-size: expected a size from 16 to --data\.image-size, 32, got 15"),
         (["--data.image-size", "64", "--data.weak-size", "65"], r"--data\.weak-size: expected a size .*, 64, got 65"),
         (["--data.background", "whitish"], r"--data\.background: expected a colour such as white.*, got whitish"),
+        (
+            ["cifar10", "--data.grow-from", "33"],
+            r"--data\.grow-from: expected a size from 16 to --data\.image-size, 32",
+        ),
+        (["--data.grow-from", "15"], r"--data\.grow-from: expected a size from 16 to .*, got 15"),
+        (["--loss.start", "1"], r"--loss\.start: expected a share from 0 to below 1, got 1"),
         (["--loss.temperature", "-1"], r"--loss\.temperature: expected a number above 0, got -1"),
         (["--model.bank-size", "100", "--train.batch-size", "128"], r"--model\.bank-size: .*--train\.batch-size"),
         (["cifar100"], r"cifar100: expected a preset, one of quickstart"),
@@ -104,7 +110,11 @@ def test_a_run_of_an_earlier_version_is_read_without_what_is_gone() -> None:
 
 def test_a_run_of_an_earlier_version_has_the_default_of_what_is_new() -> None:
     values = Config().to_json()
-    del values["data"]["background"], values["data"]["range"], values["data"]["weak_size"]
+    for new in ("background", "range", "weak_size", "grow_from"):
+        del values["data"][new]
+    for new in ("keys", "mix_size", "mix_share", "start"):
+        del values["loss"][new]
+    del values["model"]["teacher_momentum_end"]
     assert Config.from_json(values) == Config()
 
 
