@@ -21,11 +21,12 @@ def step_flops(state: TrainState, config: Config) -> float:
     size = config.data.image_size
     mixed = config.mixed_images(config.train.batch_size) / config.train.batch_size if config.loss.uses_local else 0
     encoders = _encoder_flops(encoder, size, learns=True)
-    if mixed:
+    if mixed and not config.loss.mix_within:
         encoders += mixed * _encoder_flops(encoder, config.mixed_size, learns=True)
     encoders += sum(_encoder_flops(encoder, view, learns=False) for view in config.teacher_sizes)
     # Logits and their weighted sum of rows, 2·K·D each, for q|A, q_mix|A, and q|B with k_w|B.
-    row_sets = 1 + mixed + 2 * config.loss.uses_global
+    plain = config.shares(config.train.batch_size)[0]
+    row_sets = plain * (1 + 2 * config.loss.uses_global) + mixed
     bank = row_sets * 4 * config.model.bank_size * config.model.projection_dim
     return config.train.batch_size * (encoders + bank)
 

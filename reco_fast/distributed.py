@@ -168,6 +168,8 @@ def fit_ranks(config: Config) -> None:
             f"got {config.train.batch_size}"
         )
     rows = config.train.batch_size // parts
+    if config.loss.uses_local and config.loss.mix_within and rows < 2:
+        raise ConfigError(f"--loss.mix-within: expected 2 or more images a rank, mixed and not, got {rows}")
     if config.model.key_norm == "shuffle" and world_size() == 1:
         raise ConfigError("--model.key-norm: expected split, batch or ema on one rank, got shuffle (needs two or more)")
     if config.model.key_norm == "split" and rows < 2 * config.model.norm_groups:

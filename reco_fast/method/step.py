@@ -175,7 +175,7 @@ def _batches(config: Config, parts: int, rows: int) -> dict[str, int]:
     """How many batches each batch norm of the student and the teacher meets in `parts` of `rows` images."""
     groups = -(-rows // -(-rows // config.model.norm_groups)) if config.model.key_norm == "split" else 1
     return {
-        "student": parts * (1 + config.loss.uses_local),
+        "student": parts * (1 + (config.loss.uses_local and not config.loss.mix_within)),
         "teacher": parts * len(config.teacher_sizes) * groups,
     }
 
@@ -212,16 +212,17 @@ def _forward(
     with region("teacher_forward"), torch.no_grad(), state.autocast():
         keys = teacher_forward(state.run_teacher, views[1:], model.key_norm, draws.shuffle)
     with region("student_forward"), state.autocast():
-        mixed = (mixed_view(config, views, draws),) if loss.uses_local else ()
-        query, *query_mix = state.run_student(views[0], *mixed)
+        query, query_mix = student_forward(state, config, views, draws)
     with region("loss"):
+        rows = len(views[0])
+        seen = slice(rows - len(query), rows)  # the images that `query` is of: all, or those that were not mixed
         local_weight = loss.local_weight * state.relation_weight if loss.uses_local else 0
-        whole = loss.uses_local and len(query_mix[0]) == len(query)
+        whole = query_mix is not None and len(query_mix) == rows
         out = reco_loss(
             query,
-            query_mix[0] if whole else None,
-            keys[0],
-            keys[-1] if loss.uses_global else None,
+            query_mix if whole else None,
+            keys[0][seen],
+            keys[-1][seen] if loss.uses_global else None,
             state.bank.keys,
             state.bank.weak_keys if loss.keys == "strong" else state.bank.keys,
             draws.permutation,
@@ -234,11 +235,29 @@ def _forward(
             mix_anchor=loss.mix_anchor,
             impl=loss.impl,
         )
-        if loss.uses_local and not whole:
-            local = _local_relation(state, loss, query, query_mix[0], keys[0], draws)
-            out = out._replace(total=out.total + local_weight * local, local_relation=local.detach())
-    health = _feature_health(query.detach(), keys[0])
+        if query_mix is not None and not whole:
+            local = _local_relation(state, loss, query, query_mix, keys[0], draws)
+            # Where an image is either mixed or not, the terms of each count as one image's.
+            plain, mixed = config.shares(rows)
+            total = plain * out.total + mixed * local_weight * local
+            out = out._replace(total=total, local_relation=local.detach())
+    health = _feature_health(query.detach(), keys[0][seen])
     return out.total, torch.stack(keys, dim=1), torch.stack([out.total.detach(), *out[1:], *health])
+
+
+def student_forward(
+    state: TrainState, config: Config, views: tuple[Tensor, ...], draws: Draws
+) -> tuple[Tensor, Tensor | None]:
+    """The student's projections of its view, [n, D], and of the mixed view of the first m images, [m, D], if there is
+    one. With `--loss.mix-within` both come from one pass, and the first is of the last n−m images alone."""
+    if not config.loss.uses_local:
+        return state.run_student(views[0])[0], None
+    mixed = mixed_view(config, views, draws)
+    if config.loss.mix_within:
+        (both,) = state.run_student(torch.cat([mixed, views[0][len(mixed) :]]))
+        return both[len(mixed) :], both[: len(mixed)]
+    query, query_mix = state.run_student(views[0], mixed)
+    return query, query_mix
 
 
 def _local_relation(

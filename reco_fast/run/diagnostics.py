@@ -64,14 +64,15 @@ def chance_levels(config: Config, relation_weight: float) -> dict[str, float]:
     Instance and local: all K+1 similarities equal, log(K+1). Global: the student is uniform over the bank, log K.
     """
     loss, size = config.loss, config.model.bank_size
+    plain, mixed = config.shares(config.train.batch_size)
     levels = {"chance_instance": math.log(size + 1)}
-    total = levels["chance_instance"]
+    total = plain * levels["chance_instance"]
     if loss.uses_global:
         levels["chance_global"] = math.log(size)
-        total += relation_weight * loss.global_weight * levels["chance_global"]
+        total += plain * relation_weight * loss.global_weight * levels["chance_global"]
     if loss.uses_local:
         levels["chance_local"] = math.log(size + 1)
-        total += relation_weight * loss.local_weight * levels["chance_local"]
+        total += mixed * relation_weight * loss.local_weight * levels["chance_local"]
     return {"chance": total} | levels
 
 

@@ -26,7 +26,7 @@ GONE = {"train": {"convolution"}}
 NEW = {
     "data": {"background", "range", "weak_size", "grow_from"},
     "model": {"projector", "teacher_momentum_end"},
-    "loss": {"keys", "mix_size", "mix_share", "start"},
+    "loss": {"keys", "mix_size", "mix_share", "mix_within", "start"},
     "eval": {"train_path"},
 }
 """Settings that earlier versions did not write: their runs have the default."""
@@ -130,6 +130,9 @@ class LossConfig:
     """Side of the mixed view, which is reduced to it; unless said, --data.image-size."""
     mix_share: float = 1.0
     """Share of the images of a batch that are mixed."""
+    mix_within: bool = False
+    """A mixed image takes the place of the unmixed one in the student's only pass: it has the local term, the others
+    have the instance and global ones. With a --loss.mix-share below 1."""
     mix_anchor: Literal["query", "key"] = "key"
     """Own part of the mix target: the student's query (the first author's code) or the teacher's key."""
     keys: Literal["strong", "weak"] = "strong"
@@ -158,6 +161,10 @@ class LossConfig:
         _require(0 <= self.ramp <= 1, "loss.ramp", self.ramp, "a share from 0 to 1")
         _require(0 < self.mix_share <= 1, "loss.mix-share", self.mix_share, "a share above 0, at most 1")
         _require(self.mix_size is None or self.mix_size >= 16, "loss.mix-size", self.mix_size, "16 or more")
+        if self.mix_within:  # one batch holds both, and a mixed image has no query of its own
+            _require(self.mix_share < 1, "loss.mix-share", self.mix_share, "less than 1 with --loss.mix-within")
+            _require(self.mix_size is None, "loss.mix-size", self.mix_size, "nothing with --loss.mix-within")
+            _require(self.mix_anchor == "key", "loss.mix-anchor", self.mix_anchor, "key with --loss.mix-within")
         _require(0 <= self.start < 1, "loss.start", self.start, "a share from 0 to below 1")
 
     @property
@@ -295,12 +302,22 @@ class StepConfig:
 
     def mixed_images(self, images: int) -> int:
         """How many of so many are mixed: the first ones."""
-        return max(1, round(self.loss.mix_share * images))
+        return max(1, min(round(self.loss.mix_share * images), images - self.loss.mix_within))
+
+    def shares(self, images: int) -> tuple[float, float]:
+        """What the terms of the unmixed and of the mixed ones of so many images count in the loss: each in full, or
+        where an image is either, as many as it is of."""
+        if not (self.loss.mix_within and self.loss.uses_local):
+            return 1.0, 1.0
+        mixed = self.mixed_images(images) / images
+        return 1 - mixed, mixed
 
     @property
     def mixes_alike(self) -> bool:
-        """Whether the student has a mixed view of as many images and pixels as the other."""
-        return self.loss.uses_local and self.loss.mix_share == 1 and self.mixed_size == self.data.image_size
+        """Whether the student has a mixed view of as many images and pixels as the other, in a pass of its own."""
+        loss = self.loss
+        alike = loss.mix_share == 1 and self.mixed_size == self.data.image_size
+        return loss.uses_local and alike and not loss.mix_within
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,9 @@ SETTINGS: list[dict[str, Any]] = [
     {"mix_share": 0.4},
     {"mix_share": 0.4, "mix_anchor": "query"},
     {"keys": "weak", "mix_size": 20, "mix_share": 0.25, "mix": "mixup"},
+    {"keys": "weak", "mix_share": 0.5, "mix_within": True},
+    {"mix_share": 0.3, "mix_within": True},
+    {"mix_share": 0.3, "mix_within": True, "global_weight": 0.0, "mix": "mixup"},
     {"keys": "weak", "local_weight": 0.0},
     {"keys": "weak", "global_weight": 0.0},
     {"keys": "weak", "objective": "moco"},
@@ -48,15 +51,23 @@ def by_definition(
     with torch.no_grad():
         keys = [F.normalize(teacher(view)) for view in given[1:]]
     own, weak_bank = keys[0], bank.keys if loss.keys == "weak" else bank.weak_keys
-    query = F.normalize(student(given[0]))
+    rows = slice(0, ROWS)
+    if loss.mix_within:
+        rows = slice(count, ROWS)
+        partner = given[0] if loss.keys == "weak" else given[1]
+        mixed = draws.mix_weights * given[0] + (1 - draws.mix_weights) * partner[other]
+        both = F.normalize(student(torch.cat([mixed[:count], given[0][count:]])))
+        query_mix, query = both[:count], both[count:]
+    else:
+        query = F.normalize(student(given[0]))
 
     def against_bank(x: Tensor, target: Tensor) -> Tensor:
         logits = torch.cat([(x * target).sum(dim=1, keepdim=True), x @ bank.keys.T], dim=1) / loss.temperature
         return -logits.log_softmax(dim=1)[:, 0].mean()
 
-    terms = [against_bank(query, own), query.new_zeros(()), query.new_zeros(())]
+    terms = [against_bank(query, own[rows]), query.new_zeros(()), query.new_zeros(())]
     if loss.uses_global:
-        target = (keys[-1] @ weak_bank.T / loss.teacher_temperature).softmax(dim=1)
+        target = (keys[-1][rows] @ weak_bank.T / loss.teacher_temperature).softmax(dim=1)
         terms[1] = -(target * (query @ weak_bank.T / loss.student_temperature).log_softmax(dim=1)).sum(dim=1).mean()
     if loss.uses_local:
         partner = given[0] if loss.keys == "weak" else given[1]
@@ -64,9 +75,8 @@ def by_definition(
         mixed = F.interpolate(mixed[:count], size=[loss.mix_size or 32] * 2, mode="bilinear", antialias=True)
         ratio = draws.mix_weights.mean()
         anchor = query.detach() if loss.mix_anchor == "query" else own
-        terms[2] = against_bank(
-            F.normalize(student(mixed)), F.normalize(ratio * anchor + (1 - ratio) * own[other])[:count]
-        )
+        query_mix = query_mix if loss.mix_within else F.normalize(student(mixed))
+        terms[2] = against_bank(query_mix, F.normalize(ratio * anchor + (1 - ratio) * own[other])[:count])
     return terms
 
 
@@ -82,6 +92,9 @@ def test_a_step_is_its_definition(settings: dict[str, Any], impl: Any) -> None:
     (drawn,) = draw(3, ROWS, config, CPU)
     terms = by_definition(student, teacher, given, drawn, loss, bank)
     weights = (1.0, 0.7 * loss.global_weight * loss.uses_global, 0.7 * loss.local_weight * loss.uses_local)
+    if loss.mix_within:
+        share = round(loss.mix_share * ROWS) / ROWS
+        weights = ((1 - share), (1 - share) * weights[1], share * weights[2])
     total = sum(weight * term for weight, term in zip(weights, terms, strict=True))
     total.backward()
 
@@ -106,9 +119,10 @@ def test_no_more_passes_than_the_setting_says(settings: dict[str, Any]) -> None:
         module.register_forward_pre_hook(lambda _, images, name=name: seen[name].append(images[0].shape))
     count = config.mixed_images(ROWS)
     train_step(state, config, views(len(recipe(config).views)), draw(0, ROWS, config, CPU), Schedule(0.1, 1.0, 0.9))
-    mixed = [(count, 3, config.mixed_size, config.mixed_size)] if config.loss.uses_local else []
+    apart = config.loss.uses_local and not config.loss.mix_within
+    mixed = [(count, 3, config.mixed_size, config.mixed_size)] if apart else []
     assert seen["student"] == [(ROWS, 3, 32, 32), *mixed]
-    assert len(seen["teacher"]) == 1 + (config.loss.keys == "strong")
+    assert len(seen["teacher"]) == 1 + (config.loss.uses_global and config.loss.keys == "strong")
 
 
 def test_a_mixed_view_stays_channels_last() -> None:

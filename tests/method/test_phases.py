@@ -23,7 +23,7 @@ from reco_fast.data import recipe
 from reco_fast.method import state as states
 from reco_fast.method.cuda_graph import WARMUP
 from reco_fast.method.passes import Passes
-from reco_fast.method.phases import Phase, phases
+from reco_fast.method.phases import Phase, passes, phases
 from reco_fast.method.state import TrainState, build_state
 from reco_fast.method.step import draw, scheduled, train_step
 from reco_fast.pipelines.augmentations import reco_recipe
@@ -79,6 +79,33 @@ def test_where_phases_begin(config: Config, total: int, expected: list[tuple[int
 def test_without_the_settings_or_where_they_change_nothing_the_run_is_one_phase(config: Config) -> None:
     assert phases(config, 100) == [Phase(0, config)]
     assert phases(config, 100)[0].config is config
+
+
+@pytest.mark.parametrize(
+    ("data", "loss", "expected"),
+    [
+        ({}, {}, 8.0),
+        ({}, {"objective": "moco"}, 4.0),
+        ({}, {"keys": "weak"}, 7.0),
+        ({}, {"mix_size": 16, "mix_share": 0.5}, 5.0 + 3 / 8),
+        ({}, {"keys": "weak", "mix_share": 0.5, "mix_within": True}, 4.0),
+        ({"weak_size": 16}, {}, 7.25),
+        ({}, {"start": 0.25}, 7.0),
+        # 16 px until 3/8 of the training, 24 until 3/4.
+        ({"grow_from": 16}, {}, 8 * (3 / 8 / 4 + 3 / 8 * 9 / 16 + 1 / 4)),
+        ({"grow_from": 16, "weak_size": 24}, {"mix_size": 24}, 2 * 3 / 8 + 4.5 * 3 / 8 + (4 + 4 * 9 / 16) / 4),
+    ],
+    ids=str,
+)
+def test_the_passes_of_a_training_are_counted(data: dict[str, Any], loss: dict[str, Any], expected: float) -> None:
+    assert passes(Config(data=DataConfig(**data), loss=LossConfig(**loss))) == pytest.approx(expected)
+
+
+def test_a_smaller_view_is_no_larger_than_one_that_grows() -> None:
+    config = Config(data=DataConfig(grow_from=16, weak_size=24), loss=LossConfig(mix_size=20))
+    sides = [(p.config.data.image_size, p.config.data.weak_size, p.config.loss.mix_size) for p in phases(config, 100)]
+    assert sides == [(16, 16, 16), (24, 24, 20), (32, 24, 20)]
+    assert [p.config.data.weak_size for p in phases(Config(data=DataConfig(grow_from=16)), 100)] == 3 * [None]
 
 
 def test_the_local_relation_alone_reads_no_weak_bank() -> None:

@@ -157,6 +157,7 @@ def test_with_cuda_an_evaluation_ends_the_timeline_of_allocations(tmp_path: Path
         ({"keys": "weak"}, 7, 4),
         ({"mix_size": 16}, 5 + 3 / 4, 4),
         ({"mix_share": 0.5}, 5 + 3 / 2, 3.5),
+        ({"mix_share": 0.5, "mix_within": True}, 5, 2),
         ({"keys": "weak", "mix_size": 16, "mix_share": 0.25}, 4 + 3 / 16, 3.25),
     ],
     ids=str,
