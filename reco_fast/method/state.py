@@ -58,7 +58,7 @@ class TrainState:
         shape. All that a checkpoint holds stays."""
         del self.run_student, self.run_teacher, self.update_teacher
         self.graphed = None
-        gc.collect()  # DistributedDataParallel refers to itself, and would hear of gradients as long as it lives
+        gc.collect()  # DistributedDataParallel may be in a cycle, and hears of gradients as long as it lives
         if _compiles(config, self.device):
             torch.compiler.reset()  # code of the phase before counts against a limit, beyond which nothing is compiled
         self.prepare(config)
