@@ -12,10 +12,10 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from reco_fast.data import open_data
 from reco_fast.errors import ConfigError
@@ -29,47 +29,11 @@ from reco_fast.run.files import parse_json, read_text, write_text
 from reco_fast.run.run_folder import load_run
 from reco_fast.settings import command_line
 from reco_fast.settings.config import Config
+from reco_fast.settings.methods import METHODS, RELATIONS
 from reco_fast.settings.terminal import say, show
 from reco_fast.settings.typed import WithPaths
 from reco_fast.train import train
 
-Changes = Mapping[str, Mapping[str, Any]]
-
-
-class Method(NamedTuple):
-    """A row of the table, and the settings by section in which it differs from the configuration."""
-
-    title: str
-    changes: Callable[[Config], Changes]
-
-
-def _changed(title: str, **sections: Mapping[str, Any]) -> Method:
-    return Method(title, lambda base: sections)
-
-
-def _smaller(base: Config) -> int:
-    """About three quarters of the side: half of the pixels."""
-    return max(16, base.data.image_size * 3 // 32 * 8)
-
-
-METHODS = {
-    "moco": _changed("MoCo v2", loss={"objective": "moco"}),
-    "global": _changed("+ global", loss={"local_weight": 0.0}),
-    "local-cutmix": _changed("+ local, cutmix", loss={"global_weight": 0.0, "mix": "cutmix"}),
-    "local-mixup": _changed("+ local, mixup", loss={"global_weight": 0.0, "mix": "mixup"}),
-    "both": _changed("+ both (ReCo)"),
-    "small-mix": Method("both, a smaller mixed view", lambda base: {"loss": {"mix_size": _smaller(base)}}),
-    "half-mix": _changed("both, half of the images mixed", loss={"mix_share": 0.5}),
-    "small-weak": Method("both, a smaller weak view", lambda base: {"data": {"weak_size": _smaller(base)}}),
-    "weak-keys": _changed("both, weak keys", loss={"keys": "weak"}),
-    "late": _changed("both, relations after a quarter", loss={"start": 0.25}),
-    "growing": Method("both, growing images", lambda base: {"data": {"grow_from": _smaller(base)}}),
-    "momentum": _changed("both, teacher slower and slower", model={"teacher_momentum_end": 1.0}),
-    "norm-batch": _changed("both, teacher's norm of its batch", model={"key_norm": "batch"}),
-    "norm-split": _changed("both, teacher's norm of groups", model={"key_norm": "split"}),
-    "norm-ema": _changed("both, teacher's norm by averages", model={"key_norm": "ema"}),
-}
-RELATIONS = ("moco", "global", "local-cutmix", "local-mixup", "both")
 BUDGETS = ("epochs", "seconds", "passes")
 RESULT = {"method", "lr", "budget", "epochs", "seed", "seconds", "knn_top1", "linear_top1", "run"}
 
@@ -79,8 +43,8 @@ class AblationOptions(WithPaths):
     dir: Path = Path("runs/ablation")
     """Folder for the runs and the results."""
     methods: tuple[str, ...] = RELATIONS
-    """moco, global, local-cutmix, local-mixup, both; and both with one thing changed: small-mix, half-mix, small-weak,
-    weak-keys, late, growing, momentum, norm-batch, norm-split, norm-ema."""
+    """moco, global, local-cutmix, local-mixup, both; and both with one thing changed: small-mix, half-mix, mix-within,
+    small-weak, weak-keys, late, growing, momentum, norm-batch, norm-split, norm-ema."""
     seeds: tuple[int, ...] = (0, 1)
     moco_lr: float | None = None
     """Rate of MoCo; unless said, --optim.lr. The relations add to the gradient, so alone it may want a higher one."""

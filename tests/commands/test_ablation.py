@@ -9,9 +9,10 @@ import pytest
 from small_runs import SMALL, write_classes
 
 from reco_fast import ablation
-from reco_fast.ablation import METHODS, AblationOptions, Variant, table, variants
+from reco_fast.ablation import AblationOptions, Variant, table, variants
 from reco_fast.errors import ConfigError
 from reco_fast.settings.config import Config
+from reco_fast.settings.methods import METHODS
 from reco_fast.settings.presets import preset
 
 
@@ -195,5 +196,6 @@ def test_each_method_differs_in_its_own_settings_alone(flags: list[str], smaller
     assert found["late"] == {"loss.start": 0.25}
     assert found["weak-keys"] == {"loss.keys": "weak"}
     assert found["half-mix"] == {"loss.mix_share": 0.5}
+    assert found["mix-within"] == {"loss.mix_share": 0.5, "loss.mix_within": True}
     assert found["momentum"] == {"model.teacher_momentum_end": 1.0}
     assert all(len(changed) <= 2 for changed in found.values())
