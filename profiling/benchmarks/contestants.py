@@ -66,7 +66,7 @@ def naive(config: Config, device: torch.device) -> Contestant:
     permutation = torch.randperm(config.train.batch_size, device=device)
     mix_weights = torch.full((size, size), 0.5, device=device)
     return Contestant(
-        lambda views: model.step(views, permutation, mix_weights), _random_views(config, device, (size,) * 3)
+        lambda views: model.step(views, permutation, mix_weights), _random_views(config, device, (size, size, config.data.weak_side))
     )
 
 

@@ -131,8 +131,7 @@ class LossConfig:
     mix_share: float = 1.0
     """Share of the images of a batch that are mixed."""
     mix_within: bool = False
-    """A mixed image takes the place of the unmixed one in the student's only pass: it has the local term, the others
-    have the instance and global ones. With a --loss.mix-share below 1."""
+    """Mixed images take the place of unmixed ones: the student makes one pass. For a share below 1."""
     mix_anchor: Literal["query", "key"] = "key"
     """Own part of the mix target: the student's query (the first author's code) or the teacher's key."""
     keys: Literal["strong", "weak"] = "strong"

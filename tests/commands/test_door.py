@@ -48,4 +48,5 @@ def test_bash_completes_commands_flags_and_choices() -> None:
         script.append(f"COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; COMPREPLY=()")
         script.append('$(complete -p reco-fast | sed "s/.*-F \\([^ ]*\\).*/\\1/"); echo "${COMPREPLY[*]}"')
     done = subprocess.run(["bash", "-c", "\n".join(script)], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["evaluate", "--loss.mix-alpha --loss.mix-anchor", "cutmix"]
+    flags = " ".join(f"--loss.mix-{name}" for name in ("alpha", "size", "share", "within", "anchor"))
+    assert done.stdout.splitlines() == ["evaluate", flags, "cutmix"]
