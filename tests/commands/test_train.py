@@ -203,7 +203,7 @@ def test_a_finished_run_is_left_alone(images: Path, tmp_path: Path, capsys: pyte
         ),
         (
             ["--data.path", "{images}", "--model.arch", "timm/test_vit", "--data.grow-from", "16"],
-            "--data.grow-from: timm/",
+            "--data.grow-from: expected a size that timm/",
         ),
         ([], "--data.path"),
     ],

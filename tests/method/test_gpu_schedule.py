@@ -87,6 +87,8 @@ def schedule_for_a_gpu(graph: torch.fx.GraphModule, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda *_: H100)
     monkeypatch.setattr("torch._subclasses.fake_tensor.init_gpu_context", lambda *_: None)
+    # Its answer is kept, and may be from code that this process has compiled for the CPU.
+    monkeypatch.setattr("torch._inductor.scheduler.has_triton", lambda: True)
 
     def moved(argument: Any) -> Any:
         return GPU if isinstance(argument, torch.device) else argument
