@@ -23,7 +23,7 @@ QUICKSTART = Config(
     ),
     loss=LossConfig(mix="mixup", mix_share=0.5, mix_within=True, temperature=0.1, ramp=0.5),
     optim=OptimConfig(lr=0.12, warmup_epochs=1),
-    train=TrainConfig(epochs=30, batch_size=64),
+    train=TrainConfig(epochs=40, batch_size=64),
     eval=EvalConfig(every=5),
 )
 
