@@ -65,9 +65,8 @@ def naive(config: Config, device: torch.device) -> Contestant:
     size = config.data.image_size
     permutation = torch.randperm(config.train.batch_size, device=device)
     mix_weights = torch.full((size, size), 0.5, device=device)
-    return Contestant(
-        lambda views: model.step(views, permutation, mix_weights), _random_views(config, device, (size, size, config.data.weak_side))
-    )
+    views = _random_views(config, device, (size, size, config.data.weak_side))
+    return Contestant(lambda views: model.step(views, permutation, mix_weights), views)
 
 
 def supervised(config: Config, device: torch.device) -> Contestant:

@@ -132,9 +132,7 @@ def of_small_weak_views(arch: str, objective: Any) -> Config:
 
 
 def test_a_backbone_for_one_size_takes_no_smaller_weak_view() -> None:
-    expected = (
-        r"--data.weak-size: expected a size that timm/vit_tiny_patch16_224 takes .* for 64 px, got 32 \(.*\)$"
-    )
+    expected = r"--data.weak-size: expected a size that timm/vit_tiny_patch16_224 takes .* for 64 px, got 32 \(.*\)$"
     with pytest.raises(ConfigError, match=expected) as caught:
         build_state(of_small_weak_views("timm/vit_tiny_patch16_224", "reco"), torch.device("cpu"))
     assert "\n" not in str(caught.value)
