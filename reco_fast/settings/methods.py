@@ -30,8 +30,10 @@ METHODS = {
     "local-cutmix": _changed("+ local, cutmix", loss={"global_weight": 0.0, "mix": "cutmix"}),
     "local-mixup": _changed("+ local, mixup", loss={"global_weight": 0.0, "mix": "mixup"}),
     "both": _changed("+ both (ReCo)"),
-    "small-mix": Method("both, a smaller mixed view", lambda base: {"loss": {"mix_size": _smaller(base)}}),
-    "half-mix": _changed("both, half of the images mixed", loss={"mix_share": 0.5}),
+    "small-mix": Method(
+        "both, a smaller mixed view", lambda base: {"loss": {"mix_size": _smaller(base), "mix_within": False}}
+    ),
+    "half-mix": _changed("both, half of the images mixed beside", loss={"mix_share": 0.5, "mix_within": False}),
     "mix-within": _changed("both, half mixed in place", loss={"mix_share": 0.5, "mix_within": True}),
     "small-weak": Method("both, a smaller weak view", lambda base: {"data": {"weak_size": _smaller(base)}}),
     "weak-keys": _changed("both, weak keys", loss={"keys": "weak"}),
