@@ -59,6 +59,8 @@ class AblationOptions(WithPaths):
             if unknown or not given:
                 got = unknown[0] if unknown else "nothing"
                 raise ConfigError(f"--ablation.{flag}: expected some of {', '.join(known)}, got {got}")
+        if "epochs" not in self.budgets:  # its runs say how long each method takes, and are the costliest one's
+            raise ConfigError(f"--ablation.budgets: expected epochs among them, got {' '.join(self.budgets)}")
         if not self.seeds:
             raise ConfigError("--ablation.seeds: expected at least one number, got nothing")
 
@@ -150,7 +152,7 @@ def ablate(preset: str, command: AblationConfig) -> int:
 
 
 def variants(budget: str, rates: Mapping[str, float], base: Config, results: list[dict[str, Any]]) -> Iterator[Variant]:
-    """What to run for one seed. Raises ConfigError for the budget of seconds without the runs of that of epochs."""
+    """What to run for one seed. The budget of seconds needs the runs of the budget of epochs to know speeds."""
     epochs = base.train.epochs
     alike = {method: Variant(method, lr, "epochs", epochs) for method, lr in rates.items()}
     if budget == "epochs":
@@ -159,12 +161,12 @@ def variants(budget: str, rates: Mapping[str, float], base: Config, results: lis
     if budget == "passes":
         costs = {method: passes(variant.config(base, 0, Path())) for method, variant in alike.items()}
     else:
-        costs = {}
-        for method in rates:
-            seconds = [r["seconds"] for r in results if r["method"] == method and r["budget"] == "epochs"]
-            if not seconds:
-                raise ConfigError("--ablation.budgets: expected epochs beside seconds, which says how long they take")
-            costs[method] = statistics.median(seconds)
+        costs = {
+            method: statistics.median(
+                r["seconds"] for r in results if r["method"] == method and r["budget"] == "epochs"
+            )
+            for method in rates
+        }
     for method, lr in rates.items():
         longer = round(epochs * max(costs.values()) / costs[method])
         if longer >= 1.1 * epochs:  # about as costly as the costliest: its line says the same
@@ -229,7 +231,8 @@ def mean_and_range(values: list[float]) -> str:
 
 
 def draw_curves(folder: Path, results: list[dict[str, Any]]) -> None:
-    """kNN against epochs, and against minutes of training: the mean over the seeds and their range."""
+    """kNN against epochs, minutes of training and, if they were a budget, encoder passes an image: the mean over the
+    seeds and their range."""
     try:
         import matplotlib
     except ImportError:
@@ -238,8 +241,11 @@ def draw_curves(folder: Path, results: list[dict[str, Any]]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained", sharey=True)
-    for panel, budget in zip(panels, ("epochs", "seconds"), strict=True):
+    budgets = BUDGETS if any(line["budget"] == "passes" for line in results) else BUDGETS[:2]
+    figure, panels = pyplot.subplots(
+        1, len(budgets), figsize=(4.5 * len(budgets), 3.2), layout="constrained", sharey=True
+    )
+    for panel, budget in zip(panels, budgets, strict=True):
         for method in METHODS:
             lines = [line for line in results if line["method"] == method and shown(line, budget, results)]
             if not lines:
@@ -249,6 +255,8 @@ def draw_curves(folder: Path, results: list[dict[str, Any]]) -> None:
             if budget == "seconds":
                 each = statistics.median(line["seconds"] / line["epochs"] for line in lines)
                 x = [epoch * each / 60 for epoch in x]
+            elif budget == "passes":
+                x = [epoch * lines[0]["passes"] for epoch in x]
             y = list(zip(*([top1 for _, top1 in points] for points in curves), strict=True))
             (drawn,) = panel.plot(
                 x, [statistics.mean(values) for values in y], label=METHODS[method].title, linewidth=1.4
@@ -259,16 +267,20 @@ def draw_curves(folder: Path, results: list[dict[str, Any]]) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set(xlabel="epochs", ylabel="kNN top-1, %", title="for as many epochs")
     panels[1].set(xlabel="minutes of training", title="for as long")
+    if len(budgets) > 2:
+        panels[2].set(xlabel="encoder passes an image", title="for as many passes")
     panels[0].legend(frameon=False, fontsize=8)
     figure.savefig(folder / "ablation.png", dpi=150)
     pyplot.close(figure)
 
 
 def shown(line: dict[str, Any], budget: str, results: list[dict[str, Any]]) -> bool:
-    """Whether a line belongs to the comparison by `budget`; the slowest method's epochs are in both."""
+    """Whether a line belongs to the comparison by `budget`; the costliest method's epochs are in each. Lines of earlier
+    versions do not know their passes."""
     if line["budget"] == budget:
         return True
-    return budget == "seconds" and not any(r["method"] == line["method"] and r["budget"] == budget for r in results)
+    own = any(r["method"] == line["method"] and r["budget"] == budget for r in results)
+    return line["budget"] == "epochs" and not own and (budget != "passes" or "passes" in line)
 
 
 def curve(path: Path) -> list[tuple[float, float]]:

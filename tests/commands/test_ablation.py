@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.axes import Axes
 from small_runs import SMALL, write_classes
 
 from reco_fast import ablation
@@ -113,8 +114,6 @@ def test_a_budget_gives_cheaper_methods_more_epochs() -> None:
     # Eight passes an image, four, and six and a half; no run has to be timed for it.
     longer = [Variant("moco", 0.1, "passes", 20), Variant("half-mix", 0.1, "passes", 12)]
     assert list(variants("passes", dict.fromkeys(("moco", "half-mix", "both"), 0.1), base, [])) == longer
-    with pytest.raises(ConfigError, match=r"--ablation\.budgets: expected epochs beside seconds"):
-        list(variants("seconds", rates, base, []))
 
 
 def test_the_budget_of_seconds_follows_the_budget_of_epochs(
@@ -138,6 +137,34 @@ def test_the_budget_of_seconds_follows_the_budget_of_epochs(
     assert table(lines) in capsys.readouterr().out  # a line each
 
 
+def test_curves_of_each_budget_are_of_its_own_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of other budgets are longer: they could not be averaged."""
+    lines = []
+    for method, budget, epochs in (("moco", "epochs", 2), ("both", "epochs", 2), ("moco", "passes", 4)):
+        for seed in (0, 1):
+            run = f"{method}-{epochs}-{seed}"
+            (tmp_path / run).mkdir()
+            evaluations = ({"kind": "eval", "epoch": e, "knn_top1": 10.0 * e + seed} for e in range(epochs + 1))
+            (tmp_path / run / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in evaluations))
+            each = {"method": method, "budget": budget, "epochs": epochs, "run": run, "seconds": 60.0}
+            lines.append(each | {"passes": 4.0 if method == "moco" else 8.0})
+    drawn: list[tuple[str, list[float]]] = []
+    plot = Axes.plot
+
+    def noted(axes: Axes, x: list[float], y: list[float], **how: Any) -> Any:
+        drawn.append((how["label"], x))
+        return plot(axes, x, y, **how)
+
+    monkeypatch.setattr(Axes, "plot", noted)
+    ablation.draw_curves(tmp_path, lines)
+    assert (tmp_path / "ablation.png").stat().st_size > 1000
+    both, moco = "+ both (ReCo)", "MoCo v2"
+    assert drawn == [
+        (moco, [0, 1, 2]), (both, [0, 1, 2]), (moco, [0, 0.5, 1]), (both, [0, 0.5, 1]),
+        (moco, [0, 4, 8, 12, 16]), (both, [0, 8, 16]),
+    ]  # fmt: skip
+
+
 def test_the_table_has_means_and_ranges() -> None:
     lines = [
         {
@@ -156,6 +183,7 @@ def test_the_table_has_means_and_ranges() -> None:
     [
         (["--ablation.methods", "mocco"], r"--ablation\.methods: expected some of moco, .*, got mocco"),
         (["--ablation.budgets", "minutes"], r"--ablation\.budgets: expected some of epochs, .*, got minutes"),
+        (["--ablation.budgets", "passes"], r"--ablation\.budgets: expected epochs among them, got passes"),
         (["--ablation.seeds"], r"--ablation\.seeds: expected at least one number, got nothing"),
         (["--ablation.sed", "1"], r"--ablation\.sed: unknown flag; did you mean --ablation\.seeds\?"),
     ],

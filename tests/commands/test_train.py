@@ -195,6 +195,10 @@ def test_a_finished_run_is_left_alone(images: Path, tmp_path: Path, capsys: pyte
         (["--data.path", "{images}", "--model.key-norm", "shuffle"], "--model.key-norm"),
         (["--data.path", "{images}", "--model.key-norm", "split", "--model.norm-groups", "9"], "--model.norm-groups"),
         (["--data.path", "{images}", "--train.accumulate", "3"], "ranks × --train.accumulate = 3, got 16"),
+        (
+            ["--data.path", "{images}", "--train.accumulate", "16", "--loss.mix-share", "0.5", "--loss.mix-within"],
+            "--loss.mix-within: expected 2 or more images a rank, mixed and not, got 1",
+        ),
         (["--data.path", "{images}", "--loss.impl", "triton"], "--loss.impl"),
         (["--data.path", "{images}", "--data.weak-size", "33"], "--data.weak-size"),
         (
