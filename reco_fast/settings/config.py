@@ -136,7 +136,7 @@ class LossConfig:
     """Own part of the mix target: the student's query (the first author's code) or the teacher's key."""
     keys: Literal["strong", "weak"] = "strong"
     """The view that gives the keys: a second strong one, beside which the global relation needs the weak one, or the
-    weak one, for both (as in ReSSL, arXiv 2107.09282): one teacher pass less, and one memory bank."""
+    weak one, for both (as in ReSSL, arXiv 2107.09282): one teacher pass less, and one memory bank in use."""
     temperature: float = 0.2
     """Instance and local terms."""
     student_temperature: float = 0.1
@@ -297,7 +297,7 @@ class StepConfig:
     @property
     def mixed_size(self) -> int:
         """Side of the mixed view."""
-        return min(self.loss.mix_size or self.data.image_size, self.data.image_size)
+        return self.loss.mix_size or self.data.image_size
 
     def mixed_images(self, images: int) -> int:
         """How many of so many are mixed: the first ones."""
