@@ -135,12 +135,20 @@ def test_images_without_labels_train(images: Path, tmp_path: Path, capsys: pytes
     ]
 
 
-@pytest.mark.parametrize("weak", [(), ("--data.weak-size", 20)], ids=["", "smaller weak view"])
+@pytest.mark.parametrize(
+    "cheaper",
+    [
+        (),
+        ("--data.weak-size", 20, "--loss.mix-size", 24, "--loss.mix-share", 0.5),
+        ("--loss.keys", "weak", "--loss.mix-share", 0.5, "--loss.mix-within", "--model.teacher-momentum-end", 1),
+    ],
+    ids=["", "smaller views", "fewer passes"],
+)
 @pytest.mark.parametrize("loader", LOADERS)
 def test_a_run_goes_on_in_the_middle_of_an_epoch_bit_for_bit(
-    images: Path, tmp_path: Path, loader: str, weak: tuple[object, ...]
+    images: Path, tmp_path: Path, loader: str, cheaper: tuple[object, ...]
 ) -> None:
-    options = ("--train.epochs", 2, "--data.loader", loader, *weak)
+    options = ("--train.epochs", 2, "--data.loader", loader, *cheaper)
     straight = run(images, tmp_path / "straight", *options)
     run(images, tmp_path / "parts", *options, "--train.max-steps", 3)
     resumed = run(images, tmp_path / "parts", *options)
