@@ -21,9 +21,9 @@ QUICKSTART = Config(
     model=ModelConfig(
         arch="timm/test_resnet", stem="standard", projector="linear", bank_size=1024, teacher_momentum=0.99
     ),
-    loss=LossConfig(mix="mixup", mix_share=0.5, mix_within=True, temperature=0.1, ramp=0.5),
+    loss=LossConfig(mix="mixup", mix_share=0.5, mix_within=True, temperature=0.1, global_weight=0.25, start=0.3),
     optim=OptimConfig(lr=0.12, warmup_epochs=1),
-    train=TrainConfig(epochs=40, batch_size=64),
+    train=TrainConfig(epochs=36, batch_size=64),
     eval=EvalConfig(every=5),
 )
 
