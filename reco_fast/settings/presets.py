@@ -68,8 +68,8 @@ PRESETS: dict[str, tuple[Config, str]] = {
 
         python -m reco_fast.train
 
-        AMD EPYC with AVX512_BF16, torch 2.14, DALI: 2.8 minutes of training on two cores, 3.4 to 3.9 on one; kNN top-1
-        from 22.9, 21.1, 24.1, 21.1 and 20.8 % to 95.0, 89.8, 93.2, 83.4 and 86.2 % (seeds 0 to 4, one core);
+        AMD EPYC with AVX512_BF16, torch 2.14, DALI: 147 s of training on two cores, 161 to 165 on one; kNN top-1 from
+        22.9, 21.1, 24.1, 21.1 and 20.8 % to 96.2, 93.3, 94.6, 80.4 and 87.5 % (seeds 0 to 4, the first on two cores);
         raw pixels have 20.3 %.""",
     ),
     "cifar10": (
