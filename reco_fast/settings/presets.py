@@ -68,9 +68,9 @@ PRESETS: dict[str, tuple[Config, str]] = {
 
         python -m reco_fast.train
 
-        AMD EPYC with AVX512_BF16, torch 2.14, DALI: 147 s of training on two cores, 161 to 165 on one; kNN top-1 from
-        22.9, 21.1, 24.1, 21.1 and 20.8 % to 96.2, 93.3, 94.6, 80.4 and 87.5 % (seeds 0 to 4, the first on two cores);
-        raw pixels have 20.3 %.""",
+        AMD EPYC with AVX512_BF16, torch 2.14, 2026-11-28, DALI: 147 s of training on two cores (240 s without DALI),
+        161 to 165 on one; kNN top-1 from 22.9, 21.1, 24.1, 21.1 and 20.8 % to 96.2, 93.3, 94.6, 80.4 and 87.5 % (seeds
+        0 to 4, the first on two cores); raw pixels have 20.3 %.""",
     ),
     "cifar10": (
         CIFAR10,
