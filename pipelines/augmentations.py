@@ -82,10 +82,12 @@ class Recipe:
         return tuple(view.size or self.size for view in self.views)
 
 
-def reco_recipe(size: int, weak_size: int | None = None) -> Recipe:
+def reco_recipe(size: int, weak_size: int | None = None, min_scale: float = 0.2) -> Recipe:
     """Two strong views as MoCo v2 makes them and one weak view (crop and flip), as large unless `weak_size` says
-    otherwise. No blur for small images."""
+    otherwise; crops keep at least `min_scale` of an image. No blur for small images."""
+    area = (min_scale, 1.0)
     strong = ViewRecipe(
+        area=area,
         flip_probability=0.5,
         jitter_probability=0.8,
         brightness=0.4,
@@ -95,7 +97,7 @@ def reco_recipe(size: int, weak_size: int | None = None) -> Recipe:
         grayscale_probability=0.2,
         blur_probability=0.0 if size <= SMALL else 0.5,
     )
-    weak = ViewRecipe(size=weak_size, flip_probability=0.5)
+    weak = ViewRecipe(size=weak_size, area=area, flip_probability=0.5)
     return Recipe((strong, strong, weak), size, *_statistics(size))
 
 

@@ -151,7 +151,7 @@ def _in_brackets(text: str) -> str:
 def recipe(config: Config, grown: int | None = None) -> Recipe:
     """The views that the objective looks at: the student's, and then the teacher's. `grown`: the side up to which they
     grow, which decides on blur and normalisation from the start: a network must not see them change."""
-    full = reco_recipe(grown or config.data.image_size, config.data.weak_size)
+    full = reco_recipe(grown or config.data.image_size, config.data.weak_size, config.data.min_scale)
     strong, second, weak = full.views
     teacher = (weak,) if config.loss.keys == "weak" else (second, weak)[: len(config.teacher_sizes)]
     return dataclasses.replace(full, views=(strong, *teacher), size=config.data.image_size)

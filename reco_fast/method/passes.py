@@ -67,14 +67,12 @@ class RunningStudent(NamedTuple):
     """Whether it takes all views of a step as one batch."""
 
 
-def running_student(student: nn.Module, image_size: int, views: int) -> RunningStudent:
+def running_student(student: nn.Module, config: ModelConfig, image_size: int, views: int = 1) -> RunningStudent:
     """The same tensors, for `views` views as one batch if its batch norms can keep them apart."""
-    module = shared_copy(student)
+    module, groups = shared_copy(student), config.norm_groups if config.query_norm == "split" else 1
     with torch.no_grad():
-        together = views > 1 and _norms_see_the_batch(module, _two_images(student, image_size)) and can_group(module)
-    if together:
-        use_groups(module, 1, views)
-    return RunningStudent(module, together)
+        can = groups * views > 1 and _norms_see_the_batch(module, _two_images(student, image_size))
+    return RunningStudent(*_in_groups(module, groups, views, can))
 
 
 class RunningTeacher(NamedTuple):
@@ -106,12 +104,16 @@ def running_teacher(
             copies, module = {}, shared_copy(teacher)
             whole = _norms_see_the_batch(module, images)
     groups = config.norm_groups if config.key_norm == "split" else 1
-    can = whole and can_group(module)
-    if can and groups * views > 1:
+    return RunningTeacher(*_in_groups(module, groups, views, whole), list(copies), list(copies.values()))
+
+
+def _in_groups(module: nn.Module, groups: int, views: int, whole: bool) -> tuple[nn.Module, bool]:
+    """`module` with batch norms of `groups` of each view, and whether it takes `views` views as one batch. `whole`:
+    its norms see the batch."""
+    if groups * views > 1 and whole and can_group(module):
         use_groups(module, groups, views)
-    elif groups > 1:
-        module = InGroups(module, groups)
-    return RunningTeacher(module, can and views > 1, list(copies), list(copies.values()))
+        return module, views > 1
+    return (InGroups(module, groups) if groups > 1 else module), False
 
 
 def _two_images(module: nn.Module, size: int) -> Tensor:

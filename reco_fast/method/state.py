@@ -67,7 +67,7 @@ class TrainState:
         """What `enter` does in a state that is new."""
         size, compiled = config.data.image_size, _compiles(config, self.device)
         # Both views in one pass only where a compiler fuses what keeps them apart: else it costs more than it saves.
-        learning = running_student(self.student, size, 2 if compiled and config.mixes_alike else 1)
+        learning = running_student(self.student, config.model, size, 2 if compiled and config.mixes_alike else 1)
         alike = len(set(config.teacher_sizes)) == 1  # views of two sizes are no batch
         views = len(config.teacher_sizes) if compiled and alike else 1
         teaching = running_teacher(self.teacher, config.model, self.precision, size, views)
@@ -109,11 +109,11 @@ def build_state(config: Config, device: torch.device) -> TrainState:
         "loss.mix-size": [config.mixed_size] if config.loss.uses_local else [],
     }
     check_other_sizes(student, config.model.arch, size, others)
-    if config.model.key_norm != "batch" and not batch_norms(student):
-        raise ConfigError(
-            f"--model.key-norm: expected batch for {config.model.arch}, which has no batch norm, "
-            f"got {config.model.key_norm}"
-        )
+    for flag, norm in (("key-norm", config.model.key_norm), ("query-norm", config.model.query_norm)):
+        if norm != "batch" and not batch_norms(student):
+            raise ConfigError(
+                f"--model.{flag}: expected batch for {config.model.arch}, which has no batch norm, got {norm}"
+            )
     channels_last(student.to(device))
     precision = pick_precision(config.train.precision, device)
     teacher = copy.deepcopy(student).requires_grad_(False)

@@ -173,10 +173,17 @@ def _compute(state: TrainState, config: Config, views: tuple[Tensor, ...], draws
 
 def _batches(config: Config, parts: int, rows: int) -> dict[str, int]:
     """How many batches each batch norm of the student and the teacher meets in `parts` of `rows` images."""
-    groups = -(-rows // -(-rows // config.model.norm_groups)) if config.model.key_norm == "split" else 1
+
+    def groups(norm: str, rows: int) -> int:
+        return -(-rows // -(-rows // config.model.norm_groups)) if norm == "split" else 1
+
+    model, teacher_views = config.model, len(config.teacher_sizes)
+    student_views = [rows]
+    if config.loss.uses_local and not config.loss.mix_within:
+        student_views.append(config.mixed_images(rows))
     return {
-        "student": parts * (1 + (config.loss.uses_local and not config.loss.mix_within)),
-        "teacher": parts * len(config.teacher_sizes) * groups,
+        "student": parts * sum(groups(model.query_norm, images) for images in student_views),
+        "teacher": parts * teacher_views * groups(model.key_norm, rows),
     }
 
 

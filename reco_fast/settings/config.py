@@ -24,8 +24,8 @@ T = TypeVar("T", bound="DataclassInstance")
 GONE = {"train": {"convolution"}}
 """Settings that earlier versions wrote and that change nothing that a run learns, by section."""
 NEW = {
-    "data": {"background", "range", "weak_size", "grow_from"},
-    "model": {"projector", "teacher_momentum_end"},
+    "data": {"background", "range", "weak_size", "grow_from", "min_scale"},
+    "model": {"projector", "query_norm", "teacher_momentum_end"},
     "loss": {"keys", "mix_size", "mix_share", "mix_within", "start"},
     "eval": {"train_path"},
 }
@@ -53,6 +53,8 @@ class DataConfig(WithPaths):
     """Side of the training crops in pixels."""
     grow_from: int | None = None
     """Side of the training crops at the start, which then grows up to --data.image-size: early epochs are cheaper."""
+    min_scale: float = 0.2
+    """Smallest share of an image that a random crop keeps: 0.2 in MoCo v2 and ReCo, 0.08 in MoCo's CIFAR-10 demo."""
     weak_size: int | None = None
     """Side of the weak view, which the teacher alone sees; unless said, --data.image-size. Smaller costs less."""
     loader: Literal["auto", "dali", "torch"] = "auto"
@@ -74,6 +76,7 @@ class DataConfig(WithPaths):
         ok = self.range is None or (math.isfinite(self.range[1] - self.range[0]) and self.range[0] < self.range[1])
         _require(ok, "data.range", self.range and "{:g} {:g}".format(*self.range), "two numbers, the lower one first")
         _require(16 <= self.image_size <= 1024, "data.image-size", self.image_size, "a size from 16 to 1024")
+        _require(0 < self.min_scale <= 1, "data.min-scale", self.min_scale, "a share above 0, at most 1")
         for name in ("weak_size", "grow_from"):
             side, expected = getattr(self, name), f"a size from 16 to --data.image-size, {self.image_size}"
             _require(side is None or 16 <= side <= self.image_size, f"data.{_dashed(name)}", side, expected)
@@ -97,8 +100,10 @@ class ModelConfig:
     """Width D of the embeddings and of the memory banks."""
     key_norm: Literal["batch", "split", "shuffle", "ema"] = "batch"
     """Teacher's batch norm: of its batch, of groups of it, of images shuffled between ranks, or moving averages."""
+    query_norm: Literal["batch", "split"] = "batch"
+    """Student's batch norm: of its batch, or of groups of it as in the CIFAR-10 demo of MoCo's authors."""
     norm_groups: int = 8
-    """Groups a rank's batch is split into for --model.key-norm split."""
+    """Groups a rank's batch is split into for --model.key-norm split and --model.query-norm split."""
     bank_size: int = 65536
     """K: past embeddings in each of the two memory banks."""
     teacher_momentum: float = 0.999

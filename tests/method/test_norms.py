@@ -170,7 +170,7 @@ def test_the_student_on_both_views_at_once_is_the_student_on_each(arch: str, siz
     torch.manual_seed(0)
     student = build_encoder(ModelConfig(arch=arch, projection_dim=16), size).to(memory_format=torch.channels_last)
     alone = copy.deepcopy(student).double()  # in float32 a ReLU here and there falls to the other side
-    running = running_student(student, size, views=2)
+    running = running_student(student, ModelConfig(), size, views=2)
     assert running.together == together
     passes = Passes(running.module, together=running.together).double()
     views = [channels_last(4, 3, size, size, seed=seed).double() + seed for seed in (0, 1)]
