@@ -129,7 +129,12 @@ def subset_curves() -> None:
 def gpu_curves() -> None:
     """kNN on CIFAR-10 against minutes on a GPU that two runs share, and that one has alone, for benchmarks.md."""
     figure, axes = plt.subplots(figsize=(4.5, 3), layout="constrained")
-    for label, name in (("ReCo, the preset, alone", "preset"), ("ReCo, shared", "reco"), ("MoCo v2, shared", "moco")):
+    for label, name in (
+        ("ReCo, 4 passes, alone", "half"),
+        ("ReCo, 8 passes, alone", "preset"),
+        ("ReCo, 8 passes, shared", "reco"),
+        ("MoCo v2, shared", "moco"),
+    ):
         found = (HERE / "results" / f"quality-{name}-H200.jsonl").read_text().splitlines()
         points = [line for line in map(json.loads, found) if line["kind"] == "eval"]
         minutes = [point["seconds"] / 60 for point in points]

@@ -153,7 +153,7 @@ def recipe(config: Config, grown: int | None = None) -> Recipe:
     grow, which decides on blur and normalisation from the start: a network must not see them change."""
     full = reco_recipe(grown or config.data.image_size, config.data.weak_size, config.data.min_scale)
     strong, second, weak = full.views
-    teacher = (weak,) if config.loss.keys == "weak" else (second, weak)[: len(config.teacher_sizes)]
+    teacher = (weak,) if config.loss.weak_keys else (second, weak)[: len(config.teacher_sizes)]
     return dataclasses.replace(full, views=(strong, *teacher), size=config.data.image_size)
 
 

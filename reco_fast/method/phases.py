@@ -32,7 +32,7 @@ def phases(config: Config, total_steps: int) -> list[Phase]:
         Phase(
             first,
             _shaped(config, max(size for at, size in growth.items() if at <= first), related=first >= begin),
-            fills_weak_bank=first == begin > 0 and config.loss.uses_global and config.loss.keys == "strong",
+            fills_weak_bank=first == begin > 0 and config.loss.uses_global and not config.loss.weak_keys,
         )
         for first in sorted({*growth, begin})
     ]
@@ -61,8 +61,8 @@ def _shaped(config: Config, size: int, *, related: bool) -> Config:
     # A view that is smaller than the others is no larger than they are while they grow.
     data = dataclasses.replace(data, image_size=size, weak_size=data.weak_size and min(size, data.weak_size))
     loss = dataclasses.replace(loss, mix_size=loss.mix_size and min(size, loss.mix_size))
-    if not related:
-        loss = dataclasses.replace(loss, objective="moco")
+    if not related:  # by weights, for the keys stay of one kind
+        loss = dataclasses.replace(loss, global_weight=0.0, local_weight=0.0)
     return dataclasses.replace(config, data=data, loss=loss)
 
 

@@ -115,7 +115,7 @@ def mix_pixels(images: Tensor, others: Tensor, draws: Draws) -> Tensor:
 def mixed_view(config: Config, views: tuple[Tensor, ...], draws: Draws) -> Tensor:
     """What the student sees of the images that are mixed, [m, 3, S, S]: its own view and that of other images which the
     keys are of, or, where those are weak, its own again."""
-    others = views[0] if config.loss.keys == "weak" else views[1]
+    others = views[0] if config.loss.weak_keys else views[1]
     mixed = mix_pixels(views[0][: config.mixed_images(len(others))], others, draws)
     if mixed.shape[-1] == config.mixed_size:
         return mixed
@@ -126,7 +126,7 @@ def train_step(
     state: TrainState, config: Config, views: tuple[Tensor, ...], draws: list[Draws], schedule: Schedule
 ) -> Tensor:
     """One optimizer step on this rank's views: the student's, a strong one, and then the teacher's, which are a second
-    strong one and, if the global relation is on, a weak one, or with `--loss.keys weak` the weak one alone.
+    strong one and, if the global relation is on, a weak one, or with weak keys the weak one alone.
 
     Where a gradient is not finite, the step counts as skipped: student, teacher, momentum and banks stay bit for bit as
     they were, alike on all ranks.
@@ -231,7 +231,7 @@ def _forward(
             keys[0][seen],
             keys[-1][seen] if loss.uses_global else None,
             state.bank.keys,
-            state.bank.weak_keys if loss.keys == "strong" else state.bank.keys,
+            state.bank.keys if loss.weak_keys else state.bank.weak_keys,
             draws.permutation,
             draws.mix_weights.mean(),
             temperature=loss.temperature,

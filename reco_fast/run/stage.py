@@ -29,7 +29,8 @@ class Stage:
         self.loader.close()
         self._begin(after=self.loader)
         config, step = self.phase.config, self._state.step + 1
-        return f"from step {step} on: views of {config.data.image_size} px, objective {config.loss.objective}"
+        relations = config.loss.uses_global or config.loss.uses_local
+        return f"from step {step} on: views of {config.data.image_size} px, objective {'reco' if relations else 'moco'}"
 
     def _begin(self, after: Loader | None) -> None:
         run, state = self._run, self._state

@@ -141,7 +141,8 @@ class LossConfig:
     """Own part of the mix target: the student's query (the first author's code) or the teacher's key."""
     keys: Literal["strong", "weak"] = "strong"
     """The view that gives the keys: a second strong one, beside which the global relation needs the weak one, or the
-    weak one, for both (as in ReSSL, arXiv 2107.09282): one teacher pass less, and one memory bank in use."""
+    weak one, for both (as in ReSSL, arXiv 2107.09282): one teacher pass less, and one memory bank in use. moco has
+    strong ones."""
     temperature: float = 0.2
     """Instance and local terms."""
     student_temperature: float = 0.1
@@ -170,6 +171,11 @@ class LossConfig:
             _require(self.mix_size is None, "loss.mix-size", self.mix_size, "nothing with --loss.mix-within")
             _require(self.mix_anchor == "key", "loss.mix-anchor", self.mix_anchor, "key with --loss.mix-within")
         _require(0 <= self.start < 1, "loss.start", self.start, "a share from 0 to below 1")
+
+    @property
+    def weak_keys(self) -> bool:
+        """Whether the teacher sees weak views alone."""
+        return self.objective == "reco" and self.keys == "weak"
 
     @property
     def uses_global(self) -> bool:
@@ -295,7 +301,7 @@ class StepConfig:
     @property
     def teacher_sizes(self) -> tuple[int, ...]:
         """Side of each view that the teacher encodes: the strong one, the weak one, or both."""
-        if self.loss.keys == "weak":
+        if self.loss.weak_keys:
             return (self.data.weak_side,)
         return (self.data.image_size, self.data.weak_side)[: 1 + self.loss.uses_global]
 

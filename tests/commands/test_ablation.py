@@ -107,7 +107,7 @@ def test_a_budget_gives_cheaper_methods_more_epochs() -> None:
         for method, seconds in (("moco", 50.0), ("both", 99.0))
         for seed in (0, 1, 2)
     ]
-    rates, base = {"moco": 0.2, "both": 0.1}, preset("cifar10", train={"epochs": 10})
+    rates, base = {"moco": 0.2, "both": 0.1}, preset("imagenet100", train={"epochs": 10})
     equal = [Variant("moco", 0.2, "epochs", 10), Variant("both", 0.1, "epochs", 10)]
     assert list(variants("epochs", rates, base, lines)) == equal
     assert list(variants("seconds", rates, base, lines)) == [Variant("moco", 0.2, "seconds", 20)]

@@ -139,8 +139,11 @@ def test_images_without_labels_train(images: Path, tmp_path: Path, capsys: pytes
     "cheaper",
     [
         (),
-        ("--data.weak-size", 20, "--loss.mix-size", 24, "--loss.mix-share", 0.5),
-        ("--loss.keys", "weak", "--loss.mix-share", 0.5, "--loss.mix-within", "--model.teacher-momentum-end", 1),
+        ("--data.weak-size", 20, "--data.min-scale", 0.08, "--loss.mix-size", 24, "--loss.mix-share", 0.5),
+        (
+            *("--loss.keys", "weak", "--loss.mix-share", 0.5, "--loss.mix-within", "--model.teacher-momentum-end", 1),
+            *("--model.query-norm", "split", "--model.norm-groups", 4),
+        ),
     ],
     ids=["", "smaller views", "fewer passes"],
 )
@@ -202,6 +205,15 @@ def test_a_finished_run_is_left_alone(images: Path, tmp_path: Path, capsys: pyte
         (["--data.path", "{images}", "--data.val-path", "{tmp}/missing"], "missing"),
         (["--data.path", "{images}", "--model.key-norm", "shuffle"], "--model.key-norm"),
         (["--data.path", "{images}", "--model.key-norm", "split", "--model.norm-groups", "9"], "--model.norm-groups"),
+        (["--data.path", "{images}", "--model.query-norm", "split", "--model.norm-groups", "9"], "--model.norm-groups"),
+        (
+            ["--data.path", "{images}", "--model.query-norm", "split", "--loss.mix-share", "0.5"],
+            "--model.norm-groups: expected at most half of the 8 images that a rank normalises together, got 8",
+        ),
+        (
+            ["--data.path", "{images}", "--model.arch", "timm/test_vit", "--model.query-norm", "split"],
+            "--model.query-norm: expected batch for timm/test_vit, which has no batch norm, got split",
+        ),
         (["--data.path", "{images}", "--train.accumulate", "3"], "ranks × --train.accumulate = 3, got 16"),
         (
             ["--data.path", "{images}", "--train.accumulate", "16", "--loss.mix-share", "0.5", "--loss.mix-within"],

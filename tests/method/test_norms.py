@@ -4,6 +4,7 @@ import copy
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -185,6 +186,30 @@ def test_the_student_on_both_views_at_once_is_the_student_on_each(arch: str, siz
         torch.testing.assert_close(one.running_var, other.running_var)
 
 
+@pytest.mark.parametrize(("arch", "size"), [("resnet18", 32), ("timm/test_efficientnet", 64), ("timm/levit_128s", 224)])
+@pytest.mark.parametrize("views", [1, 2])
+def test_the_split_student_is_the_student_on_each_group(arch: str, size: int, views: int) -> None:
+    torch.manual_seed(0)
+    config = ModelConfig(arch=arch, projection_dim=16, query_norm="split", norm_groups=3)
+    student = build_encoder(config, size).to(memory_format=torch.channels_last)
+    alone = copy.deepcopy(student).double()
+    running = running_student(student, config, size, views)
+    grouped = arch != "timm/levit_128s"  # whose norms get a loop
+    assert (running.together, isinstance(running.module, InGroups)) == (grouped and views > 1, not grouped)
+    passes = Passes(running.module, together=running.together).double()
+    images = [channels_last(8, 3, size, size, seed=seed).double() + seed for seed in range(views)]  # 3, 3 and 2
+    upstream = torch.randn(views, 8, 16).double()
+    got = torch.stack(passes(*images))
+    expected = torch.stack([in_a_loop(alone, view, 3) for view in images])
+    assert error(got, expected) < 1e-8
+    got.backward(upstream), expected.backward(upstream)
+    gradients = [torch.cat([p.grad.flatten() for p in module.parameters()]) for module in (student, alone)]
+    assert error(*gradients) < 1e-6
+    for one, other in zip(batch_norms(passes), batch_norms(alone), strict=True):
+        torch.testing.assert_close(one.running_mean, other.running_mean)
+        torch.testing.assert_close(one.running_var, other.running_var)
+
+
 class Doubled(nn.BatchNorm2d):
     """A norm that nobody knows."""
 
@@ -285,9 +310,22 @@ def test_the_teachers_weights_are_cast_once_a_step_and_follow_it() -> None:
     assert not torch.equal(state.teacher.projector[0].weight, state.student.projector[0].weight)
 
 
-@pytest.mark.parametrize(("key_norm", "teacher_batches"), [("batch", 2), ("split", 4), ("ema", 0)])
-def test_batches_are_counted_once_a_step_and_not_in_a_skipped_one(key_norm: str, teacher_batches: int) -> None:
+@pytest.mark.parametrize(
+    ("key_norm", "query_norm", "loss", "student_batches", "teacher_batches"),
+    [
+        ("batch", "batch", {}, 2, 2),
+        ("split", "batch", {}, 2, 4),
+        ("ema", "batch", {}, 2, 0),
+        ("batch", "split", {}, 4, 2),
+        ("batch", "split", {"mix_share": 0.5, "mix_within": True}, 2, 2),
+    ],
+)
+def test_batches_are_counted_once_a_step_and_not_in_a_skipped_one(
+    key_norm: str, query_norm: Any, loss: dict[str, Any], student_batches: int, teacher_batches: int
+) -> None:
     config = small(key_norm=key_norm)
+    model = dataclasses.replace(config.model, query_norm=query_norm)
+    config = dataclasses.replace(config, model=model, loss=dataclasses.replace(config.loss, **loss))
     state = build_state(config, CPU)
     fresh = build_encoder(config.model, 32).state_dict()
     counts = {t.data_ptr() for m in (state.student, state.teacher) for t in m.buffers() if t.dim() == 0}
@@ -301,7 +339,7 @@ def test_batches_are_counted_once_a_step_and_not_in_a_skipped_one(key_norm: str,
         with Recorder(look):
             step(state, config, bad=bad)
         assert counting == (1 if key_norm == "ema" else 2) * ["_foreach_add_"]
-        for module, batches in ((state.student, 2), (state.teacher, teacher_batches)):
+        for module, batches in ((state.student, student_batches), (state.teacher, teacher_batches)):
             assert list(module.state_dict()) == list(fresh)
             found = [int(t) for name, t in module.state_dict().items() if name.endswith("num_batches_tracked")]
             assert found == len(batch_norms(module)) * [batches]

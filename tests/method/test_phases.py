@@ -45,7 +45,10 @@ def configured(size: int, grow_from: int | None = None, **loss: Any) -> Config:
 
 
 def seen(found: list[Phase]) -> list[tuple[int, int, str]]:
-    return [(phase.first_step, phase.config.data.image_size, phase.config.loss.objective) for phase in found]
+    def objective(loss: LossConfig) -> str:
+        return "reco" if loss.uses_global or loss.uses_local else "moco"
+
+    return [(p.first_step, p.config.data.image_size, objective(p.config.loss)) for p in found]
 
 
 @pytest.mark.parametrize(
@@ -69,6 +72,16 @@ def test_where_phases_begin(config: Config, total: int, expected: list[tuple[int
     changes = [after[0] for before, after in itertools.pairwise(expected) if before[2] != after[2]]
     assert [phase.first_step for phase in found if phase.fills_weak_bank] == changes
     assert found[-1].config is config
+
+
+@pytest.mark.parametrize("keys", ["strong", "weak"])
+def test_keys_are_of_one_kind_from_the_start(keys: str) -> None:
+    found = phases(configured(32, start=0.5, keys=keys), 100)
+    assert [phase.fills_weak_bank for phase in found] == [False, keys == "strong"]
+    before, after = (recipe(phase.config).views for phase in found)
+    weak = [view.jitter_probability == 0 for view in before]
+    assert weak == [False, keys == "weak"]
+    assert [view.jitter_probability == 0 for view in after] == (weak if keys == "weak" else [*weak, True])
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,8 @@ def test_what_depends_on_the_device_is_on_off_or_not_said(name: str, prefix: str
         (["--train.epochs", "many"], r"--train\.epochs.*'many'"),
         (["--data.loader", "fast"], r"'fast'.*--data\.loader.*'dali'"),
         (["--data.range", "9", "4"], r"--data\.range: expected two numbers, the lower one first, got 9 4"),
+        (["--data.min-scale", "0"], r"--data\.min-scale: expected a share above 0, at most 1, got 0"),
+        (["--data.min-scale", "1.5"], r"--data\.min-scale: expected a share above 0, at most 1, got 1.5"),
         (["--data.weak-size", "15"], r"--data\.weak-size: expected a size from 16 to --data\.image-size, 32, got 15"),
         (["--data.image-size", "64", "--data.weak-size", "65"], r"--data\.weak-size: expected a size .*, 64, got 65"),
         (["--data.background", "whitish"], r"--data\.background: expected a colour such as white.*, got whitish"),
@@ -115,20 +117,34 @@ def test_a_run_of_an_earlier_version_is_read_without_what_is_gone() -> None:
 
 def test_a_run_of_an_earlier_version_has_the_default_of_what_is_new() -> None:
     values = Config().to_json()
-    for new in ("background", "range", "weak_size", "grow_from"):
+    for new in ("background", "range", "weak_size", "grow_from", "min_scale"):
         del values["data"][new]
     for new in ("keys", "mix_size", "mix_share", "start"):
         del values["loss"][new]
-    del values["model"]["teacher_momentum_end"]
+    for new in ("teacher_momentum_end", "query_norm"):
+        del values["model"][new]
     assert Config.from_json(values) == Config()
 
 
 def test_the_weak_view_is_as_large_as_the_others_unless_said() -> None:
     for said, expected in (([], 96), (["--data.weak-size", "16"], 16), (["--data.weak-size", "96"], 96)):
-        config = parse(["cifar10", "--data.image-size", "96", *said])[0]
+        config = parse(["cifar10", "--data.image-size", "96", "--loss.keys", "strong", *said])[0]
         assert config.data.weak_side == recipe(config).sizes[2] == expected
         assert recipe(config).sizes[:2] == (96, 96)
         assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+def test_moco_has_strong_keys_whatever_is_said() -> None:
+    for objective, sizes, weak in (("reco", (32,), True), ("moco", (32,), False)):
+        config = parse(["cifar10", "--loss.keys", "weak", "--loss.objective", objective])[0]
+        assert (config.loss.weak_keys, config.teacher_sizes) == (weak, sizes)
+        assert (recipe(config).views[1].jitter_probability == 0) == weak
+
+
+def test_the_smallest_crop_is_that_of_all_views() -> None:
+    for said, smallest in (([], 0.2), (["--data.min-scale", "0.08"], 0.08)):
+        config = parse(["cifar10", "--loss.keys", "strong", *said])[0]
+        assert [view.area for view in recipe(config).views] == 3 * [(smallest, 1.0)]
 
 
 def test_a_range_survives_json() -> None:
