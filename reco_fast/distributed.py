@@ -10,6 +10,10 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+# DistributedDataParallel imports it too, and its default arguments would then hold the process group for good: threads
+# of Gloo that outlive the interpreter abort now and then (PyTorch 2.14). Before there is a group, they hold nothing.
+import torch.distributed.nn.functional
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous

@@ -1,6 +1,7 @@
 """What several ranks do together: agree on a stop, each in the same step and at once."""
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -24,6 +25,18 @@ with distributed.process_group(torch.device("cpu")):
     agreement.forget()
     assert answers == [[False, False]] * 6 + [[False, True], [False, False]], answers
 """
+ENDS = """
+import pathlib, torch
+from reco_fast import distributed
+def gloo():
+    return any("gloo" in path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm"))
+def train():
+    torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))(torch.ones(2, 4)).sum().backward()
+    print(gloo(), flush=True)
+with distributed.process_group(torch.device("cpu")):
+    train()
+print(gloo(), flush=True)
+"""
 AGAIN = """
 import os, time, torch
 from reco_fast import distributed
@@ -46,6 +59,14 @@ def main():
     raise ConfigError(f"--data.path: expected \\x1b[31mred on rank {rank}")
 command_line.run(main)
 """
+
+
+def test_gloo_ends_with_the_group(tmp_path: Path) -> None:
+    """A thread of it that outlives the interpreter aborts one run in some fifty, which was done."""
+    (tmp_path / "ends.py").write_text(ENDS)
+    done = torchrun(tmp_path / "ends.py")
+    assert done.returncode == 0, done.stderr
+    assert sorted(re.findall("True|False", done.stdout)) == ["False", "False", "True", "True"]
 
 
 def test_ranks_hear_of_a_flag_one_step_later_and_forget_together(tmp_path: Path) -> None:

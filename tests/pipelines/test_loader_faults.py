@@ -131,7 +131,7 @@ def test_a_dead_worker_leaves_its_notes(noticed: bool, tmp_path: Path, capfd: py
     source.journal = tmp_path / "journal"
     before = set(multiprocessing.active_children())
     with training("torch", source, tiny(), 4, workers=2) as loader:
-        next(loader)
+        next(loader), next(loader)  # one of each process: both have begun
         (first, second) = sorted(set(multiprocessing.active_children()) - before, key=lambda child: child.name)
         assert first.pid is not None
         assert second.pid is not None
