@@ -176,12 +176,10 @@ def fit_ranks(config: Config) -> None:
         raise ConfigError(f"--loss.mix-within: expected 2 or more images a rank, mixed and not, got {rows}")
     if config.model.key_norm == "shuffle" and world_size() == 1:
         raise ConfigError("--model.key-norm: expected split, batch or ema on one rank, got shuffle (needs two or more)")
-    mixed = config.loss.uses_local and not config.loss.mix_within  # in a pass of their own
-    together = {"key": rows, "query": min(rows, config.mixed_images(rows)) if mixed else rows}
-    norms = {"key": config.model.key_norm, "query": config.model.query_norm}
-    fewest = min((together[of] for of, norm in norms.items() if norm == "split"), default=rows)
-    if "split" in norms.values() and fewest < 2 * config.model.norm_groups:
-        raise ConfigError(
-            f"--model.norm-groups: expected at most half of the {fewest} images that a rank normalises together, "
-            f"got {config.model.norm_groups}"
-        )
+    fewest = config.mixed_images(rows) if config.mixes_apart else rows
+    for norm, images in ((config.model.key_norm, rows), (config.model.query_norm, fewest)):
+        if norm == "split" and images < 2 * config.model.norm_groups:
+            raise ConfigError(
+                f"--model.norm-groups: expected at most half of the {images} images that a rank normalises together, "
+                f"got {config.model.norm_groups}"
+            )

@@ -77,7 +77,6 @@ def passes(config: Config) -> float:
 
 
 def _passes(config: Config, full: int) -> float:
-    apart = config.loss.uses_local and not config.loss.mix_within
-    mixed = config.loss.mix_share * config.mixed_size**2 if apart else 0
+    mixed = config.loss.mix_share * config.mixed_size**2 if config.mixes_apart else 0
     student = 3 * (config.data.image_size**2 + mixed)
     return (student + sum(size**2 for size in config.teacher_sizes)) / full**2

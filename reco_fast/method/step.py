@@ -177,13 +177,10 @@ def _batches(config: Config, parts: int, rows: int) -> dict[str, int]:
     def groups(norm: str, rows: int) -> int:
         return -(-rows // -(-rows // config.model.norm_groups)) if norm == "split" else 1
 
-    model, teacher_views = config.model, len(config.teacher_sizes)
-    student_views = [rows]
-    if config.loss.uses_local and not config.loss.mix_within:
-        student_views.append(config.mixed_images(rows))
+    student = [rows, config.mixed_images(rows)] if config.mixes_apart else [rows]
     return {
-        "student": parts * sum(groups(model.query_norm, images) for images in student_views),
-        "teacher": parts * teacher_views * groups(model.key_norm, rows),
+        "student": parts * sum(groups(config.model.query_norm, images) for images in student),
+        "teacher": parts * len(config.teacher_sizes) * groups(config.model.key_norm, rows),
     }
 
 

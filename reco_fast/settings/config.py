@@ -323,11 +323,14 @@ class StepConfig:
         return 1 - mixed, mixed
 
     @property
+    def mixes_apart(self) -> bool:
+        """Whether the student has the mixed images in a pass of their own."""
+        return self.loss.uses_local and not self.loss.mix_within
+
+    @property
     def mixes_alike(self) -> bool:
-        """Whether the student has a mixed view of as many images and pixels as the other, in a pass of its own."""
-        loss = self.loss
-        alike = loss.mix_share == 1 and self.mixed_size == self.data.image_size
-        return loss.uses_local and alike and not loss.mix_within
+        """Whether it has as many of them there, and of as many pixels, as of the others."""
+        return self.mixes_apart and self.loss.mix_share == 1 and self.mixed_size == self.data.image_size
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,7 @@ def test_the_split_teacher_runs_once_a_view_or_once_and_its_keys_and_averages_st
 
 
 @pytest.mark.parametrize(
-    ("arch", "size", "together"),
+    ("arch", "size", "can"),
     [
         ("resnet18", 32, True),
         ("timm/test_efficientnet", 64, True),  # norm and activation in one module
@@ -167,40 +167,22 @@ def test_the_split_teacher_runs_once_a_view_or_once_and_its_keys_and_averages_st
         ("timm/levit_128s", 224, False),  # batch norms over tokens: no row an image
     ],
 )
-def test_the_student_on_both_views_at_once_is_the_student_on_each(arch: str, size: int, together: bool) -> None:
+@pytest.mark.parametrize(("groups", "views"), [(1, 2), (3, 1), (3, 2)])
+def test_the_student_is_the_student_on_each_group_of_each_view(
+    arch: str, size: int, can: bool, groups: int, views: int
+) -> None:
     torch.manual_seed(0)
-    student = build_encoder(ModelConfig(arch=arch, projection_dim=16), size).to(memory_format=torch.channels_last)
-    alone = copy.deepcopy(student).double()  # in float32 a ReLU here and there falls to the other side
-    running = running_student(student, ModelConfig(), size, views=2)
-    assert running.together == together
-    passes = Passes(running.module, together=running.together).double()
-    views = [channels_last(4, 3, size, size, seed=seed).double() + seed for seed in (0, 1)]
-    upstream = torch.randn(2, 4, 16).double()
-    got, expected = torch.stack(passes(*views)), torch.stack([alone(view) for view in views])
-    assert error(got, expected) < 1e-8
-    got.backward(upstream), expected.backward(upstream)
-    gradients = [torch.cat([p.grad.flatten() for p in module.parameters()]) for module in (student, alone)]
-    assert error(*gradients) < 1e-6
-    for one, other in zip(batch_norms(passes), batch_norms(alone), strict=True):
-        torch.testing.assert_close(one.running_mean, other.running_mean)
-        torch.testing.assert_close(one.running_var, other.running_var)
-
-
-@pytest.mark.parametrize(("arch", "size"), [("resnet18", 32), ("timm/test_efficientnet", 64), ("timm/levit_128s", 224)])
-@pytest.mark.parametrize("views", [1, 2])
-def test_the_split_student_is_the_student_on_each_group(arch: str, size: int, views: int) -> None:
-    torch.manual_seed(0)
-    config = ModelConfig(arch=arch, projection_dim=16, query_norm="split", norm_groups=3)
+    norm: Any = "batch" if groups == 1 else "split"
+    config = ModelConfig(arch=arch, projection_dim=16, query_norm=norm, norm_groups=max(2, groups))
     student = build_encoder(config, size).to(memory_format=torch.channels_last)
-    alone = copy.deepcopy(student).double()
+    alone = copy.deepcopy(student).double()  # in float32 a ReLU here and there falls to the other side
     running = running_student(student, config, size, views)
-    grouped = arch != "timm/levit_128s"  # whose norms get a loop
-    assert (running.together, isinstance(running.module, InGroups)) == (grouped and views > 1, not grouped)
+    assert (running.together, isinstance(running.module, InGroups)) == (can and views > 1, not can and groups > 1)
     passes = Passes(running.module, together=running.together).double()
     images = [channels_last(8, 3, size, size, seed=seed).double() + seed for seed in range(views)]  # 3, 3 and 2
     upstream = torch.randn(views, 8, 16).double()
     got = torch.stack(passes(*images))
-    expected = torch.stack([in_a_loop(alone, view, 3) for view in images])
+    expected = torch.stack([in_a_loop(alone, view, groups) for view in images])
     assert error(got, expected) < 1e-8
     got.backward(upstream), expected.backward(upstream)
     gradients = [torch.cat([p.grad.flatten() for p in module.parameters()]) for module in (student, alone)]
