@@ -174,22 +174,25 @@ def _use_small_stem(backbone: nn.Module) -> bool:
 
 
 class MemoryBank(nn.Module):
-    """`keys` [K, D] of strong views and `weak_keys` [K, D] of weak ones, filled together.
+    """`keys` [K, D] of strong views and `weak_keys` [K, D] of weak ones, filled together; `weak_keys` is None unless
+    `weak`.
 
     Rows start as random unit vectors (MoCo). The write position lives on the device, so enqueueing never waits.
     Nothing here is a parameter and no rank ever broadcasts it: equal seeds and equal enqueues keep ranks equal.
     """
 
     keys: Tensor
-    weak_keys: Tensor
+    weak_keys: Tensor | None
     position: Tensor
 
-    def __init__(self, size: int, dim: int, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
+    def __init__(
+        self, size: int, dim: int, *, weak: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0
+    ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        for name in ("keys", "weak_keys"):
-            rows = nn.functional.normalize(torch.randn(size, dim, generator=generator))
-            self.register_buffer(name, rows.to(dtype))
+        for name, wanted in (("keys", True), ("weak_keys", weak)):
+            rows = nn.functional.normalize(torch.randn(size, dim, generator=generator)) if wanted else None
+            self.register_buffer(name, None if rows is None else rows.to(dtype))
         self.register_buffer("position", torch.zeros((), dtype=torch.long))
 
     def newest(self, count: int) -> Tensor:
@@ -200,14 +203,14 @@ class MemoryBank(nn.Module):
     def enqueue(self, keys: Tensor, weak_keys: Tensor | None = None, *, skipped: Tensor | None = None) -> None:
         """Overwrite the oldest rows by unit rows [n, D], any n. Of more than K rows the last K stay.
 
-        Without `weak_keys` that bank keeps its rows (nothing reads it then). Where `skipped`, 0-d, is not 0, nothing
-        changes.
+        Without `weak_keys` their bank, where there is one, keeps its rows (nothing reads it then). Where `skipped`,
+        0-d, is not 0, nothing changes.
         """
         size, count = len(self.keys), len(keys)
         dropped = max(0, count - size)
         where = (self.position + torch.arange(dropped, count, device=keys.device)) % size
         for bank, rows in ((self.keys, keys), (self.weak_keys, weak_keys)):
-            if rows is not None:
+            if bank is not None and rows is not None:
                 rows = rows[dropped:].to(bank.dtype)
                 bank.index_copy_(0, where, rows if skipped is None else torch.where(skipped != 0, bank[where], rows))
         moved = count if skipped is None else count * (skipped == 0)

@@ -32,7 +32,7 @@ def phases(config: Config, total_steps: int) -> list[Phase]:
         Phase(
             first,
             _shaped(config, max(size for at, size in growth.items() if at <= first), related=first >= begin),
-            fills_weak_bank=first == begin > 0 and config.loss.uses_global and not config.loss.weak_keys,
+            fills_weak_bank=first == begin > 0 and config.loss.uses_weak_bank,
         )
         for first in sorted({*growth, begin})
     ]

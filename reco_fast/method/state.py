@@ -121,6 +121,7 @@ def build_state(config: Config, device: torch.device) -> TrainState:
     bank = MemoryBank(
         config.model.bank_size,
         config.model.projection_dim,
+        weak=config.loss.uses_weak_bank,
         # On a CPU the loss would copy bfloat16 banks to float32 in every step.
         dtype=torch.bfloat16 if device.type == "cuda" and precision != torch.float32 else torch.float32,
         seed=config.train.seed,

@@ -40,6 +40,7 @@ class Stage:
             state.enter(config)
         if self.phase.fills_weak_bank and state.step == self.phase.first_step:
             # Random rows would be the first targets: of what there is, the strong keys are nearest to weak ones.
+            assert state.bank.weak_keys is not None
             state.bank.weak_keys.copy_(state.bank.keys)
         self.recipe = recipe(config, run.config.data.image_size)
         self.loader = open_training_loader(

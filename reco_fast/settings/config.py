@@ -105,7 +105,7 @@ class ModelConfig:
     norm_groups: int = 8
     """Groups a rank's batch is split into for --model.key-norm split and --model.query-norm split."""
     bank_size: int = 65536
-    """K: past embeddings in each of the two memory banks."""
+    """K: past embeddings in each memory bank, of which there are two with the global relation and strong keys."""
     teacher_momentum: float = 0.999
     """The teacher becomes m·teacher + (1−m)·student after each step."""
     teacher_momentum_end: float | None = None
@@ -180,6 +180,11 @@ class LossConfig:
     @property
     def uses_global(self) -> bool:
         return self.objective == "reco" and self.global_weight > 0
+
+    @property
+    def uses_weak_bank(self) -> bool:
+        """Whether weak views have a bank beside that of the keys."""
+        return self.uses_global and not self.weak_keys
 
     @property
     def uses_local(self) -> bool:

@@ -199,5 +199,15 @@ def test_without_weak_keys_that_bank_stays() -> None:
     assert bank.keys.dtype == torch.bfloat16
 
 
+def test_one_bank_is_the_first_of_two() -> None:
+    one, two = (MemoryBank(4, 8, weak=weak, seed=3) for weak in (False, True))
+    assert one.weak_keys is None
+    assert {*one.state_dict()} == {"keys", "position"}
+    for bank in (one, two):
+        bank.enqueue(rows(0, 2))
+    assert torch.equal(one.keys, two.keys)
+    assert torch.equal(one.position, two.position)
+
+
 def test_is_no_parameter() -> None:
     assert not list(MemoryBank(4, 8).parameters())

@@ -14,7 +14,7 @@ from reco_fast.errors import ConfigError
 from reco_fast.method.state import TrainState, build_state
 from reco_fast.method.step import draw, scheduled, train_step
 from reco_fast.run import checkpoint
-from reco_fast.settings.config import Config, ModelConfig, TrainConfig
+from reco_fast.settings.config import Config, LossConfig, ModelConfig, TrainConfig
 
 CONFIG = Config(
     model=ModelConfig(arch="timm/test_resnet", bank_size=64, projection_dim=16),
@@ -39,7 +39,8 @@ def trained(steps: int, seed: int = 0, config: Config = CONFIG) -> TrainState:
 def go_on(state: TrainState, steps: int, seed: int = 0, config: Config = CONFIG) -> None:
     for _ in range(steps):
         torch.manual_seed(100 * seed + state.step)
-        views = tuple(torch.randn(8, 3, 32, 32).contiguous(memory_format=torch.channels_last) for _ in range(3))
+        views = [torch.randn(8, 3, 32, 32).contiguous(memory_format=torch.channels_last) for _ in range(3)]
+        views = tuple(views[: 1 + len(config.teacher_sizes)])
         train_step(state, config, views, draw(state.step, 8, config, state.device), scheduled(state.step, 10, config))
 
 
@@ -114,6 +115,24 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     other = Config(model=ModelConfig(arch="timm/test_resnet", bank_size=128, projection_dim=16), train=CONFIG.train)
     with pytest.raises(ConfigError, match=r"bank\.keys"):
         checkpoint.load(path, build_state(other, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("loss", [{"keys": "weak"}, {"objective": "moco"}, {"global_weight": 0.0}], ids=str)
+def test_a_run_of_one_bank_goes_on_from_a_version_that_had_two(tmp_path: Path, loss: dict[str, Any]) -> None:
+    config = dataclasses.replace(CONFIG, loss=LossConfig(**loss))
+    straight = build_state(config, torch.device("cpu"))
+    go_on(straight, 1, config=config)
+    tensors, _ = checkpoint.read(save(straight, tmp_path, {}))
+    assert "bank.weak_keys" not in tensors
+    straight.bank.weak_keys = torch.randn(64, 16)
+    path = save(straight, tmp_path, {})
+    straight.bank.weak_keys = None
+    resumed = build_state(config, torch.device("cpu"))
+    checkpoint.load(path, resumed)
+    for state in (straight, resumed):
+        go_on(state, 1, config=config)
+    assert all(map(torch.equal, straight.student.parameters(), resumed.student.parameters()))
+    assert torch.equal(straight.bank.keys, resumed.bank.keys)
 
 
 def test_a_run_goes_on_upon_a_device_that_keeps_its_banks_in_another_type(tmp_path: Path) -> None:
