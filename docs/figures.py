@@ -58,13 +58,20 @@ def method(axes: Axes) -> None:
     )
 
 
-def learning_curve(axes: Axes) -> None:
-    """kNN against epochs of the quickstart preset, a line for each seed."""
-    for path in sorted((HERE / "results").glob("quickstart-seed*.jsonl")):
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        points = [(line["epoch"], line["knn_top1"]) for line in lines if line["kind"] == "eval"]
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.2, label=path.stem.split("-")[1])
-    axes.set(xlabel="epoch", ylabel="kNN top-1, %", ylim=(0, 100), title="quickstart, 2 CPU cores")
+def gain(axes: Axes) -> None:
+    """kNN on all of CIFAR-10 against encoder passes an image: mean and range over the seeds."""
+    found = [json.loads(line) for line in (HERE / "results" / "cheaper-steps.jsonl").read_text().splitlines()]
+    for label, prefix in (("ReCo", "F-reco12-"), ("MoCo v2", "F-moco-")):
+        curves = [run["knn_top1"] for run in found if run["run"].startswith(prefix)]
+        passes = [4 * epoch for epoch, _ in curves[0]]
+        top1 = list(zip(*([value for _, value in points] for points in curves), strict=True))
+        axes.plot(
+            passes, [sum(values) / len(values) for values in top1], marker="o", markersize=3, linewidth=1.2, label=label
+        )
+        axes.fill_between(passes, [min(values) for values in top1], [max(values) for values in top1], alpha=0.2)
+    axes.set(
+        xlabel="encoder passes an image", ylabel="kNN top-1, %", title=f"CIFAR-10, a small ResNet, {len(curves)} seeds"
+    )
     axes.title.set_fontsize(8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=7, loc="lower right")
@@ -153,7 +160,7 @@ def main() -> None:
     gpu_curves()
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), width_ratios=(2, 1), layout="constrained")
     method(left)
-    learning_curve(right)
+    gain(right)
     figure.savefig(HERE / "images" / "overview.png", dpi=150)
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8), width_ratios=(3, 2), layout="constrained")
