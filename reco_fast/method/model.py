@@ -191,8 +191,8 @@ class MemoryBank(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         for name, wanted in (("keys", True), ("weak_keys", weak)):
-            rows = nn.functional.normalize(torch.randn(size, dim, generator=generator)) if wanted else None
-            self.register_buffer(name, None if rows is None else rows.to(dtype))
+            rows = nn.functional.normalize(torch.randn(size, dim, generator=generator)).to(dtype) if wanted else None
+            self.register_buffer(name, rows)
         self.register_buffer("position", torch.zeros((), dtype=torch.long))
 
     def newest(self, count: int) -> Tensor:
