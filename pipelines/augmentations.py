@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 Int64Array = NDArray[np.int64]
 Float64Array = NDArray[np.float64]
+Colour = tuple[float, float, float]  # red, green, blue
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -68,8 +69,8 @@ class Recipe:
 
     views: tuple[ViewRecipe, ...]
     size: int
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: Colour = IMAGENET_MEAN
+    std: Colour = IMAGENET_STD
 
     def __post_init__(self) -> None:
         _check(len(self.views) > 0, "views", "at least one", self)
@@ -82,9 +83,16 @@ class Recipe:
         return tuple(view.size or self.size for view in self.views)
 
 
-def reco_recipe(size: int, weak_size: int | None = None, min_scale: float = 0.2) -> Recipe:
+def reco_recipe(
+    size: int,
+    weak_size: int | None = None,
+    min_scale: float = 0.2,
+    mean: Colour | None = None,
+    std: Colour | None = None,
+) -> Recipe:
     """Two strong views as MoCo v2 makes them and one weak view (crop and flip), as large unless `weak_size` says
-    otherwise; crops keep at least `min_scale` of an image. No blur for small images."""
+    otherwise; crops keep at least `min_scale` of an image. No blur for small images. `mean` and `std` as for
+    `evaluation_recipe`."""
     area = (min_scale, 1.0)
     strong = ViewRecipe(
         area=area,
@@ -98,16 +106,19 @@ def reco_recipe(size: int, weak_size: int | None = None, min_scale: float = 0.2)
         blur_probability=0.0 if size <= SMALL else 0.5,
     )
     weak = ViewRecipe(size=weak_size, area=area, flip_probability=0.5)
-    return Recipe((strong, strong, weak), size, *_statistics(size))
+    return Recipe((strong, strong, weak), size, *_statistics(size, mean, std))
 
 
-def evaluation_recipe(size: int) -> Recipe:
-    """One view, nothing random: the central square; of images above `SMALL` pixels its inner 7/8."""
-    return Recipe((ViewRecipe(center_crop=1.0 if size <= SMALL else 0.875),), size, *_statistics(size))
+def evaluation_recipe(size: int, mean: Colour | None = None, std: Colour | None = None) -> Recipe:
+    """One view, nothing random: the central square; of images above `SMALL` pixels its inner 7/8. Normalised by `mean`
+    and `std`, or unless they are given by CIFAR-10's up to `SMALL` pixels and ImageNet's above."""
+    view = ViewRecipe(center_crop=1.0 if size <= SMALL else 0.875)
+    return Recipe((view,), size, *_statistics(size, mean, std))
 
 
-def _statistics(size: int) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    return (CIFAR_MEAN, CIFAR_STD) if size <= SMALL else (IMAGENET_MEAN, IMAGENET_STD)
+def _statistics(size: int, mean: Colour | None, std: Colour | None) -> tuple[Colour, Colour]:
+    usual = (CIFAR_MEAN, CIFAR_STD) if size <= SMALL else (IMAGENET_MEAN, IMAGENET_STD)
+    return mean or usual[0], std or usual[1]
 
 
 def _check(holds: bool, name: str, expected: str, recipe: object) -> None:

@@ -151,10 +151,11 @@ def _in_brackets(text: str) -> str:
 def recipe(config: Config, grown: int | None = None) -> Recipe:
     """The views that the objective looks at: the student's, and then the teacher's. `grown`: the side up to which they
     grow, which decides on blur and normalisation from the start: a network must not see them change."""
-    full = reco_recipe(grown or config.data.image_size, config.data.weak_size, config.data.min_scale)
+    data = config.data
+    full = reco_recipe(grown or data.image_size, data.weak_size, data.min_scale, data.mean, data.std)
     strong, second, weak = full.views
     teacher = (weak,) if config.loss.weak_keys else (second, weak)[: len(config.teacher_sizes)]
-    return dataclasses.replace(full, views=(strong, *teacher), size=config.data.image_size)
+    return dataclasses.replace(full, views=(strong, *teacher), size=data.image_size)
 
 
 def open_training_loader(
@@ -203,7 +204,7 @@ def open_evaluation_loader(
     return open_loader(
         data.loader,
         source,
-        evaluation_recipe(data.image_size),
+        evaluation_recipe(data.image_size, data.mean, data.std),
         order,
         device=device,
         seed=0,

@@ -69,7 +69,7 @@ def model_card(folder: Path, config: Config, *, which: str, format: str, width: 
 def preprocessing_code(config: Config, code: list[str]) -> list[str]:
     """`code`, then the evaluation recipe in Pillow, and a call."""
     size = config.data.image_size
-    recipe = evaluation_recipe(size)
+    recipe = evaluation_recipe(size, config.data.mean, config.data.std)
     imports = sorted({"import numpy as np", *(line for line in code if line.startswith(("import ", "from ")))})
     (view,) = recipe.views
     return [

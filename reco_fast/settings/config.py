@@ -24,13 +24,17 @@ T = TypeVar("T", bound="DataclassInstance")
 GONE = {"train": {"convolution"}}
 """Settings that earlier versions wrote and that change nothing that a run learns, by section."""
 NEW = {
-    "data": {"background", "range", "weak_size", "grow_from", "min_scale"},
-    "model": {"projector", "query_norm", "teacher_momentum_end"},
+    "data": {"background", "range", "weak_size", "grow_from", "min_scale", "mean", "std"},
+    "model": {"projector", "query_norm", "teacher_momentum_end", "init", "init_which", "init_partial", "init_hash"}
+    | {"freeze", "freeze_patch_embed"},
     "loss": {"keys", "mix_size", "mix_share", "mix_within", "start"},
+    "optim": {"clip"},
+    "train": {"checkpoint_activations"},
     "eval": {"train_path"},
 }
 """Settings that earlier versions did not write: their runs have the default."""
 
+Colour = tuple[float, float, float]
 _MOST_COUNT = 2**40  # far above what is useful, far below what overflows
 
 
@@ -69,9 +73,21 @@ class DataConfig(WithPaths):
     range: Annotated[tuple[float, float] | None, tyro.conf.arg(metavar="LOW HIGH")] = None
     """Of images of more than 8 bits a channel, the values that become black and white. Unless said: the range that the
     file declares or its type has, else the image's own; a warning says where that leaves little or is a guess."""
+    mean: Annotated[Colour | None, tyro.conf.arg(metavar="RED GREEN BLUE")] = None
+    """Taken from each channel of an image in 0 to 1. Unless said: as the weights of --model.init had it, else CIFAR-10's
+    up to 64 px and ImageNet's above."""
+    std: Annotated[Colour | None, tyro.conf.arg(metavar="RED GREEN BLUE")] = None
+    """By which it is divided then; as --data.mean."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name, low, expected in (
+            ("mean", -1.0, "three numbers from -1 to 2"),
+            ("std", 0.001, "three from 0.001 to 2"),
+        ):
+            values = getattr(self, name)
+            ok = values is None or all(low <= value <= 2 for value in values)
+            _require(ok, f"data.{name}", values and " ".join(f"{value:g}" for value in values), expected)
         _require(_is_colour(self.background), "data.background", self.background, "a colour such as white or #ffffff")
         ok = self.range is None or (math.isfinite(self.range[1] - self.range[0]) and self.range[0] < self.range[1])
         _require(ok, "data.range", self.range and "{:g} {:g}".format(*self.range), "two numbers, the lower one first")
@@ -110,8 +126,23 @@ class ModelConfig:
     """The teacher becomes m·teacher + (1−m)·student after each step."""
     teacher_momentum_end: float | None = None
     """m at the end, along half a cosine (BYOL, arXiv 2006.07733, section 3.2); unless said, m stays as it is."""
+    init: str | None = None
+    """Weights to start from: timm or timm:TAG, torchvision or torchvision:NAME (fetched by them), a file
+    (.safetensors, .pth), or the folder of a run. Unless said, random ones."""
+    init_which: Literal["student", "teacher"] = "student"
+    """Whose weights to take where --model.init has both."""
+    init_partial: bool = False
+    """Take --model.init even where less than 90 % of the backbone's parameters are in it."""
+    init_hash: str | None = None
+    """SHA-256 of the tensors of --model.init, which a run writes down; give it to be sure that they are those."""
+    freeze: str = "nothing"
+    """Part of the backbone to keep as it is: a number of stages, of which the stem is the first, or norms."""
+    freeze_patch_embed: bool = False
+    """Keep a transformer's patch embedding as it is (MoCo v3, arXiv 2104.02057, section 4)."""
 
     def __post_init__(self) -> None:
+        ok = self.freeze in ("nothing", "norms") or (self.freeze.isdecimal() and 1 <= int(self.freeze) <= 99)
+        _require(ok, "model.freeze", self.freeze, "nothing, norms or a number of stages from 1 up")
         ok = 8 <= self.projection_dim <= 65536
         _require(ok, "model.projection-dim", self.projection_dim, "a number from 8 to 65536")
         _require(self.norm_groups >= 2, "model.norm-groups", self.norm_groups, "2 or more")
@@ -193,12 +224,17 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    name: Literal["sgd", "lars", "apex-sgd", "apex-lamb"] = "sgd"
-    """lars for batches of 1,024 and more. apex: by NVIDIA Apex, where it is built (CUDA); docs/step.md."""
+    name: Literal["auto", "sgd", "adamw", "lars", "apex-sgd", "apex-lamb"] = "sgd"
+    """auto: adamw where the backbone has no batch norm (transformers, ConvNeXt), else sgd. lars for batches of 1,024
+    and more. apex: by NVIDIA Apex, where it is built (CUDA); docs/step.md."""
     lr: float = 0.06
-    """Peak learning rate for a global batch of 256; scaled linearly with --train.batch-size."""
+    """Peak learning rate for a global batch of 256; scaled linearly with --train.batch-size. adamw wants a hundredth
+    of what sgd does."""
     momentum: float = 0.9
+    """Of sgd and lars; β₁ of adamw and apex-lamb."""
     weight_decay: float = 5e-4
+    clip: float | None = None
+    """Largest norm of the gradient of all parameters together, to which a larger one is scaled down."""
     decay_all: bool = False
     """Decay norm and bias parameters too, as the reference code does."""
     warmup_epochs: float = 0.0
@@ -209,6 +245,7 @@ class OptimConfig:
         _require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "0 ≤ momentum < 1")
         _require(self.weight_decay >= 0, "optim.weight-decay", self.weight_decay, "0 or more")
         _require(self.warmup_epochs >= 0, "optim.warmup-epochs", self.warmup_epochs, "0 or more")
+        _require(self.clip is None or self.clip > 0, "optim.clip", self.clip, "a number above 0")
 
 
 @dataclass(frozen=True)
@@ -218,6 +255,9 @@ class TrainConfig:
     """Global: all ranks together, and all accumulated parts."""
     accumulate: int = 1
     """Parts that a rank's batch is cut into, to save memory; gradients are summed before the one step."""
+    checkpoint_activations: bool = False
+    """Keep only what enters each block of the backbone, and compute the rest again in the backward pass: less memory,
+    one more forward pass of the student."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 where the device has instructions for it (on a CPU AMX or AVX512_BF16), else fp16 on CUDA, fp32 on a
     CPU. The log says what it took and why."""
