@@ -74,8 +74,8 @@ class DataConfig(WithPaths):
     """Of images of more than 8 bits a channel, the values that become black and white. Unless said: the range that the
     file declares or its type has, else the image's own; a warning says where that leaves little or is a guess."""
     mean: Annotated[Colour | None, tyro.conf.arg(metavar="RED GREEN BLUE")] = None
-    """Taken from each channel of an image in 0 to 1. Unless said: as the weights of --model.init had it, else CIFAR-10's
-    up to 64 px and ImageNet's above."""
+    """Taken from each channel of an image in 0 to 1. Unless said: as for the weights of --model.init, else CIFAR-10's up
+    to 64 px and ImageNet's above."""
     std: Annotated[Colour | None, tyro.conf.arg(metavar="RED GREEN BLUE")] = None
     """By which it is divided then; as --data.mean."""
 
