@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from reco_fast.errors import ConfigError
 from reco_fast.evaluation.model_card import model_card
-from reco_fast.method.model import torchvision_options
+from reco_fast.method.model import patch_size, torchvision_options
 from reco_fast.run.files import check_output, whole_file
 from reco_fast.run.run_folder import load_run
 from reco_fast.settings import command_line
@@ -105,6 +105,8 @@ def find_blueprint(
     expected = backbone_outputs(backbone, images)
     # Transformers are built for one image size; convolutional nets do not take the argument.
     candidates: list[dict[str, Any]] = [{}, {"img_size": image_size}]
+    if patch := patch_size(backbone):
+        candidates += [options | {"patch_size": patch} for options in candidates]
     if library == "torchvision":
         candidates = [torchvision_options(name)]
     for options in candidates:

@@ -31,6 +31,7 @@ from reco_fast.profiling.trace import region, trace
 from reco_fast.run import checkpoint, quarantine, run_folder
 from reco_fast.run.arguments import CONFIG_HELP, preset_and_rest
 from reco_fast.run.diagnostics import spread
+from reco_fast.run.initial import initial_student
 from reco_fast.run.meter import Meter
 from reco_fast.run.progress import Progress, Run, reading
 from reco_fast.run.report import RunLog, wandb_beside
@@ -67,7 +68,8 @@ def train(config: Config, name: str = "run", on_metrics: Callable[[dict[str, Any
         distributed.fit_ranks(config)
         loss_runs(config.loss.impl, config.model.projection_dim, device)
         config, source, labelled = open_data(config)
-        state = build_state(config, device)
+        config, student = initial_student(config)
+        state = build_state(config, device, student)
         folder, resume_from = run_folder.choose(config, name, source)
         writes = distributed.rank() == 0
         rules = rules_of(checkpoint.fingerprint(folder / "checkpoints"), config, source, device)
@@ -94,8 +96,7 @@ def train(config: Config, name: str = "run", on_metrics: Callable[[dict[str, Any
                 checkpoint.Writer(folder / "checkpoints") as writer,
                 distributed.StopRequest() as stop,
             ):
-                notes = [] if state.student.note is None else [state.student.note]
-                told = (*notes, *validation, *passed_over(config, source, labelled), *left_out)
+                told = (*state.student.notes, *validation, *passed_over(config, source, labelled), *left_out)
                 for line in (introduction(run, state), *told):
                     log.say(line)
                 if labelled is None:

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -18,8 +18,8 @@ SMALL_IMAGE = 64  # up to this side in pixels, a stem that divides the resolutio
 class Encoder(nn.Module):
     """Backbone and projector: images [N, 3, H, W] to [N, D]."""
 
-    note: str | None = None
-    """What was done otherwise than its configuration says, in one line."""
+    notes: tuple[str, ...] = ()
+    """Where its weights come from, and what was done otherwise than its configuration says: a line each."""
 
     def __init__(self, backbone: nn.Module, projector: nn.Module, feature_dim: int) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Encoder(nn.Module):
 def build_encoder(config: ModelConfig, image_size: int) -> Encoder:
     """A randomly initialised encoder. Raises ConfigError for a backbone that does not exist or does not fit.
 
-    Where it does not fit behind the small stem, `--model.stem auto` keeps its own, and `note` says so.
+    Where it does not fit behind the small stem, `--model.stem auto` keeps its own, and `notes` say so.
     """
     small = config.stem == "small" or (config.stem == "auto" and image_size <= SMALL_IMAGE)
     before, refused = torch.get_rng_state(), ""
@@ -42,6 +42,8 @@ def build_encoder(config: ModelConfig, image_size: int) -> Encoder:
         torch.set_rng_state(before)  # or the second try would have other weights than --model.stem standard
         backbone = _create(config.arch, image_size)
         changed = shrink and _use_small_stem(backbone)
+        if shrink and not changed and (fine := _small_patches(config.arch, image_size, backbone)) is not None:
+            backbone, changed = fine, True
         try:
             width = _feature_dim(backbone, image_size)
             break
@@ -55,8 +57,8 @@ def build_encoder(config: ModelConfig, image_size: int) -> Encoder:
         )
     encoder = Encoder(backbone, _projector(config, width), width).train()
     if refused:
-        encoder.note = (
-            f"{config.arch} keeps its own stem: behind the small one it cannot take {image_size} px images: {refused}"
+        encoder.notes = (
+            f"{config.arch} keeps its own stem: behind the small one it cannot take {image_size} px images: {refused}",
         )
     return encoder
 
@@ -129,23 +131,35 @@ def torchvision_options(name: str) -> dict[str, Any]:
     return {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
 
 
-def _create(arch: str, image_size: int) -> nn.Module:
+def library_of(arch: str) -> tuple[Literal["torchvision", "timm"], str]:
+    """The library that builds a backbone, and its name there. Raises ConfigError for one that neither has."""
     library, _, name = arch.rpartition("/")
     if library in ("", "torchvision") and name in torchvision.models.list_models(module=torchvision.models):
-        return _without_classifier(torchvision.models.get_model(name, weights=None, **torchvision_options(name)))
+        return "torchvision", name
     if library in ("", "timm") and timm.is_model(name):
-        # Transformers are built for one image size; convolutional nets do not take the argument.
-        candidates: tuple[dict[str, Any], ...] = ({"img_size": image_size}, {})
-        for options in candidates:
-            try:
-                return timm.create_model(name, pretrained=False, num_classes=0, **options)
-            except Exception as error:  # whatever a third-party constructor raises
-                if not (options and isinstance(error, TypeError)):
-                    raise _misfit(arch, image_size, error) from None
+        return "timm", name
     names = torchvision.models.list_models(module=torchvision.models) + timm.list_models()
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {close[0]}?" if close else "such as resnet18, resnet50 or timm/convnext_tiny"
     raise ConfigError(f"--model.arch: expected a torchvision or timm backbone, got {arch}; {hint}")
+
+
+def _create(arch: str, image_size: int) -> nn.Module:
+    library, name = library_of(arch)
+    if library == "torchvision":
+        return _without_classifier(torchvision.models.get_model(name, weights=None, **torchvision_options(name)))
+    try:
+        return timm_backbone(name, image_size)
+    except Exception as error:  # whatever a third-party constructor raises
+        raise _misfit(arch, image_size, error) from None
+
+
+def timm_backbone(name: str, image_size: int, **options: Any) -> nn.Module:
+    """timm's network without its classifier, for images of that size. Raises whatever timm raises."""
+    try:  # transformers are built for one image size; convolutional nets do not take the argument
+        return timm.create_model(name, num_classes=0, img_size=image_size, **options)
+    except TypeError:
+        return timm.create_model(name, num_classes=0, **options)
 
 
 def _without_classifier(backbone: nn.Module) -> nn.Module:
@@ -160,8 +174,8 @@ def _without_classifier(backbone: nn.Module) -> nn.Module:
 
 
 def _use_small_stem(backbone: nn.Module) -> bool:
-    """First convolution 3×3 with stride 1, and no max-pooling behind it. Patch-embedding stems stay as they are.
-    Returns whether anything is changed."""
+    """First convolution 3×3 with stride 1, and no max-pooling behind it, where it has stride 2. Returns whether
+    anything is changed."""
     name, first = next(((n, m) for n, m in backbone.named_modules() if isinstance(m, nn.Conv2d)), ("", None))
     if first is None or first.stride != (2, 2):
         return False
@@ -171,6 +185,24 @@ def _use_small_stem(backbone: nn.Module) -> bool:
     if isinstance(getattr(backbone, "maxpool", None), nn.Module):
         backbone.maxpool = nn.Identity()
     return True
+
+
+def _small_patches(arch: str, image_size: int, backbone: nn.Module) -> nn.Module | None:
+    """The same network for patches of a quarter of the side, so as many of them as of an image four times as large;
+    None for one that does not begin with patches, or is always made for one size of them."""
+    side = patch_size(backbone)
+    if side is None or not type(backbone).__module__.startswith("timm."):
+        return None
+    try:
+        return timm_backbone(arch.rpartition("/")[2], image_size, patch_size=max(1, side // 4))
+    except Exception:  # it takes no such argument, or not with this size
+        return None
+
+
+def patch_size(backbone: nn.Module) -> int | None:
+    """Side in pixels of the patches that a network begins with; None where it does not."""
+    first = next((module for module in backbone.modules() if isinstance(module, nn.Conv2d)), None)
+    return first.stride[0] if first is not None and first.kernel_size == first.stride else None
 
 
 class MemoryBank(nn.Module):

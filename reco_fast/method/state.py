@@ -97,12 +97,13 @@ class TrainState:
         return contextlib.nullcontext()
 
 
-def build_state(config: Config, device: torch.device) -> TrainState:
-    """A fresh state: student and teacher start equal, on all ranks alike."""
+def build_state(config: Config, device: torch.device, student: Encoder | None = None) -> TrainState:
+    """A fresh state: student and teacher start equal, on all ranks alike; from `student` where one is given."""
     check_device(config, device)
-    torch.manual_seed(config.train.seed)
     size = config.data.image_size
-    student = build_encoder(config.model, size)
+    if student is None:
+        torch.manual_seed(config.train.seed)
+        student = build_encoder(config.model, size)
     others = {
         "data.grow-from": view_sizes(config.data),
         "data.weak-size": config.teacher_sizes,

@@ -74,8 +74,8 @@ class DataConfig(WithPaths):
     """Of images of more than 8 bits a channel, the values that become black and white. Unless said: the range that the
     file declares or its type has, else the image's own; a warning says where that leaves little or is a guess."""
     mean: Annotated[Colour | None, tyro.conf.arg(metavar="RED GREEN BLUE")] = None
-    """Taken from each channel of an image in 0 to 1. Unless said: as for the weights of --model.init, else CIFAR-10's up
-    to 64 px and ImageNet's above."""
+    """Taken from each channel of an image in 0 to 1. Unless said: as for the weights of --model.init, else
+    CIFAR-10's up to 64 px and ImageNet's above."""
     std: Annotated[Colour | None, tyro.conf.arg(metavar="RED GREEN BLUE")] = None
     """By which it is divided then; as --data.mean."""
 
@@ -109,7 +109,8 @@ class ModelConfig:
     arch: str = "resnet18"
     """Any torchvision or timm backbone; "timm/NAME" or "torchvision/NAME" where both have it (torchvision first)."""
     stem: Literal["auto", "small", "standard"] = "auto"
-    """small: 3×3 stride 1 without pooling, for small images; auto: small up to 64 px, where it fits."""
+    """small, for small images: 3×3 stride 1 without pooling, or patches of a quarter of the side; auto: small up to
+    64 px, where it fits, or what the weights of --model.init have."""
     projector: Literal["mlp", "linear"] = "mlp"
     """mlp: two layers, as in MoCo v2 and ReCo; linear: one, as in the CIFAR-10 demo of MoCo's authors."""
     projection_dim: int = 128

@@ -75,10 +75,10 @@ def built(arch: str, stem: str) -> Encoder:
 @pytest.mark.parametrize("arch", OWN_STEM)
 def test_a_backbone_that_does_not_fit_behind_the_small_stem_keeps_its_own(arch: str) -> None:
     chosen, standard = built(f"timm/{arch}", "auto"), built(f"timm/{arch}", "standard")
-    assert chosen.note is not None
-    assert chosen.note.startswith(f"timm/{arch} keeps its own stem: behind the small one it cannot take 64 px images: ")
-    assert "\n" not in chosen.note
-    assert standard.note is None
+    (note,) = chosen.notes
+    assert note.startswith(f"timm/{arch} keeps its own stem: behind the small one it cannot take 64 px images: ")
+    assert "\n" not in note
+    assert standard.notes == ()
     for (name, one), other in zip(chosen.state_dict().items(), standard.state_dict().values(), strict=True):
         assert torch.equal(one, other), name
     with pytest.raises(

@@ -1,0 +1,215 @@
+"""Where the weights that a run starts from come from, and the settings that follow from them."""
+
+import argparse
+import contextlib
+import dataclasses
+import logging
+import pickle
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import timm
+import torch
+import torchvision
+from safetensors.torch import load_file
+from torch import Tensor
+
+from reco_fast import distributed
+from reco_fast.errors import ConfigError
+from reco_fast.method.model import SMALL_IMAGE, Encoder, build_encoder, library_of, timm_backbone
+from reco_fast.method.weights import digest, fit, load_weights
+from reco_fast.pipelines.augmentations import evaluation_recipe
+from reco_fast.run import checkpoint, run_folder
+from reco_fast.settings.config import Colour, Config
+from reco_fast.settings.typed import at_home
+
+Stem = Literal["auto", "small", "standard"]
+DEEPEST = 4  # dictionaries in one another that tensors are looked for in; a file may hold one that holds itself
+
+
+class Weights(NamedTuple):
+    """Tensors by name, and how images were normalised for them, where that is known."""
+
+    tensors: dict[str, Tensor]
+    mean: Colour | None = None
+    std: Colour | None = None
+
+
+def initial_student(config: Config) -> tuple[Config, Encoder | None]:
+    """The encoder with the weights of `--model.init`, and `config` with what follows from them: their hash, the
+    normalisation of images, the stem. None for random weights, and where the run in --run.dir has a checkpoint: its
+    weights are there. Raises ConfigError."""
+    source = config.model.init
+    if source is None:
+        return config, None
+    before = _begun(config)
+    if before is not None:
+        return _settled(config, before.model.init_hash, before.model.stem, before.data.mean, before.data.std), None
+    weights = distributed.first_rank_first(lambda: _open(config))  # one rank fetches
+    found = digest(weights.tensors)
+    if config.model.init_hash not in (None, found):
+        raise ConfigError(f"--model.init-hash: expected that of {source}, {found}, got {config.model.init_hash}")
+    mean, std = config.data.mean or weights.mean, config.data.std or weights.std
+    student, stem = _built(config, weights.tensors)
+    student.notes = (load_weights(student, weights.tensors, config.model), *student.notes)
+    return _settled(config, found, stem, mean, std), student
+
+
+def _begun(config: Config) -> Config | None:
+    """The configuration of the run that --run.dir holds, if it is to be continued and began with the same source."""
+    folder, model = config.run.dir, config.model
+    if folder is None or config.run.resume == "never" or checkpoint.latest(folder / "checkpoints") is None:
+        return None
+    before = run_folder.read_config(folder)
+    asked = dataclasses.replace(model, init_hash=before.model.init_hash, stem=before.model.stem)
+    return before if asked.init == before.model.init and model.init_hash in (None, asked.init_hash) else None
+
+
+def _settled(config: Config, found: str | None, stem: Stem, mean: Colour | None, std: Colour | None) -> Config:
+    model = dataclasses.replace(config.model, init_hash=found, stem=stem)
+    return dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, mean=mean, std=std))
+
+
+def _built(config: Config, tensors: dict[str, Tensor]) -> tuple[Encoder, Stem]:
+    """An encoder with random weights, and its stem: unless one is asked for, the usual one for the image size, or the
+    other where more of the weights fit it."""
+
+    def built(stem: Stem) -> tuple[Encoder, float]:
+        torch.manual_seed(config.train.seed)
+        encoder = build_encoder(dataclasses.replace(config.model, stem=stem), config.data.image_size)
+        return encoder, fit(encoder.backbone, tensors, config.model.init_which).share
+
+    asked = config.model.stem
+    usual, share = built(asked)
+    if asked == "auto" and share < 1:
+        other: Stem = "standard" if config.data.image_size <= SMALL_IMAGE else "small"
+        with contextlib.suppress(ConfigError):  # not every network has both
+            encoder, fitting = built(other)
+            if fitting > share:
+                return encoder, other
+    return usual, asked
+
+
+def _open(config: Config) -> Weights:
+    source = config.model.init
+    assert source is not None
+    kind, _, name = source.partition(":")
+    if kind in ("timm", "torchvision"):
+        library, arch = library_of(config.model.arch)
+        if kind != library:
+            raise ConfigError(
+                f"--model.init: expected {library}, a file or a run for --model.arch {config.model.arch}, got {source} "
+                f"(--model.arch {kind}/{arch} would be {kind}'s network)"
+            )
+        return _of_timm(arch, name, config) if kind == "timm" else _of_torchvision(arch, name)
+    path = at_home(source)
+    if (path / "config.json").is_file():
+        return _of_run(path, config)
+    if not path.is_file():
+        raise ConfigError(
+            "--model.init: expected timm, timm:TAG, torchvision, torchvision:NAME, a file (.safetensors, .pth) or the "
+            f"folder of a run, got {source}{'' if path.exists() else ', which is not there'}"
+        )
+    return Weights(_of_file(path), *_usual(config.model.arch))
+
+
+def _of_timm(arch: str, tag: str, config: Config) -> Weights:
+    arch = arch.partition(".")[0]
+    tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{arch}.*")]
+    if not tags or (tag and tag not in tags):
+        has = ", ".join(tags) or "none"
+        raise ConfigError(
+            f"--model.init: expected one of timm's weights for {arch} ({has}), got timm:{tag or 'DEFAULT'}"
+        )
+    with _fetched(f"https://huggingface.co/timm/{arch}.{tag or tags[0]}"):
+        model = timm_backbone(f"{arch}.{tag}" if tag else arch, config.data.image_size, pretrained=True)
+    known: Any = model.pretrained_cfg
+    return Weights(model.state_dict(), tuple(known["mean"]), tuple(known["std"]))
+
+
+def _of_torchvision(arch: str, name: str) -> Weights:
+    weights = torchvision.models.get_model_weights(arch).__members__
+    if (name or "DEFAULT") not in weights:
+        has = ", ".join(weights) or "none"
+        raise ConfigError(
+            f"--model.init: expected one of torchvision's weights for {arch} ({has}), got torchvision:{name}"
+        )
+    chosen: Any = weights[name or "DEFAULT"]
+    with _fetched(chosen.url):
+        tensors = chosen.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    return Weights(tensors, *_usual_of_torchvision(chosen))
+
+
+@contextlib.contextmanager
+def _fetched(place: str) -> Iterator[None]:
+    """Around what fetches weights: one line where it fails."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each try
+    try:
+        yield
+    except Exception as error:  # these libraries raise many types
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"--model.init: expected weights from {place} or in the cache, got: {reason}; without a network, put that "
+            "file here and give its path"
+        ) from None
+
+
+def _usual(arch: str) -> tuple[Colour | None, Colour | None]:
+    """How images are normalised for the weights that the library of a network has for it."""
+    library, name = library_of(arch)
+    if library == "torchvision":
+        weights: Any = torchvision.models.get_model_weights(name).__members__.get("DEFAULT")
+        return _usual_of_torchvision(weights) if weights is not None else (None, None)
+    known = timm.models.get_pretrained_cfg(name.partition(".")[0])
+    return (tuple(known.mean), tuple(known.std)) if known is not None else (None, None)
+
+
+def _usual_of_torchvision(weights: Any) -> tuple[Colour, Colour]:
+    transforms = weights.transforms()
+    return tuple(transforms.mean), tuple(transforms.std)
+
+
+def _of_run(folder: Path, config: Config) -> Weights:
+    before, encoder = run_folder.load_run(folder, config.model.init_which)
+    if before.model.arch != config.model.arch:
+        raise ConfigError(
+            f"--model.arch: expected {before.model.arch}, as the run {folder} has, got {config.model.arch}"
+        )
+    recipe = evaluation_recipe(before.data.image_size, before.data.mean, before.data.std)
+    return Weights(encoder.state_dict(), recipe.mean, recipe.std)
+
+
+def _of_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by their names, with those of the dictionaries around them in front."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # What DINO, MAE and others keep beside the weights: a plain object with attributes.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)|Unsupported \w+ (\S+)", str(error))
+        what = f"an object, {found.group(1) or found.group(2)}" if found else "something else"
+        raise ConfigError(
+            f"--model.init: expected tensors alone in {path}, got {what}, which is not loaded since it could run code; "
+            "save its state_dict as .safetensors where you trust it"
+        ) from None
+    except Exception as error:  # truncated and foreign files raise many types
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"--model.init: expected a file of weights, got {path} ({reason})") from None
+    tensors = dict(_flat(content))
+    if not tensors:
+        raise ConfigError(f"--model.init: expected tensors by name in {path}, got none")
+    return tensors
+
+
+def _flat(content: object, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """Tensors in dictionaries in dictionaries."""
+    for name, value in content.items() if isinstance(content, dict) else ():
+        if isinstance(value, Tensor):
+            if value.layout is torch.strided and not value.is_quantized:
+                yield f"{prefix}{name}", value
+        elif depth < DEEPEST:
+            yield from _flat(value, f"{prefix}{name}.", depth + 1)
