@@ -29,7 +29,9 @@ def model_card(folder: Path, config: Config, *, which: str, format: str, width: 
         "end of training (student)": run_folder.finished(folder),
         "evaluation.json": json_or_none(folder, "evaluation"),
     }
-    data = {"trained on": config.data.path, "held out": config.data.val_path, "image size": size}
+    model = config.model
+    start = "random weights" if model.init is None else {"weights": model.init, "sha256": model.init_hash}
+    data = {"trained on": config.data.path, "held out": config.data.val_path, "image size": size, "started from": start}
     return "\n".join(
         [
             f"# {config.model.arch}, backbone of the {which}",

@@ -162,8 +162,8 @@ def _usual(arch: str) -> tuple[Colour | None, Colour | None]:
     if library == "torchvision":
         weights: Any = torchvision.models.get_model_weights(name).__members__.get("DEFAULT")
         return _usual_of_torchvision(weights) if weights is not None else (None, None)
-    known = timm.models.get_pretrained_cfg(name.partition(".")[0])
-    return (tuple(known.mean), tuple(known.std)) if known is not None else (None, None)
+    known: Any = timm.models.get_pretrained_cfg(name.partition(".")[0])
+    return (None, None) if known is None else (tuple(known.mean), tuple(known.std))
 
 
 def _usual_of_torchvision(weights: Any) -> tuple[Colour, Colour]:
