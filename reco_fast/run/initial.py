@@ -41,35 +41,41 @@ def initial_student(config: Config) -> tuple[Config, Encoder | None]:
     """The encoder with the weights of `--model.init`, and `config` with what follows from them: their hash, the
     normalisation of images, the stem. None for random weights, and where the run in --run.dir has a checkpoint: its
     weights are there. Raises ConfigError."""
-    source = config.model.init
-    if source is None:
+    if config.model.init is None:
         return config, None
     before = _begun(config)
     if before is not None:
-        return _settled(config, before.model.init_hash, before.model.stem, before.data.mean, before.data.std), None
+        stem = before.model.stem if config.model.stem == "auto" else config.model.stem
+        return _settled(config, before.model.init_hash, stem, before.data.mean, before.data.std), None
     weights = distributed.first_rank_first(lambda: _open(config))  # one rank fetches
     found = digest(weights.tensors)
     if config.model.init_hash not in (None, found):
-        raise ConfigError(f"--model.init-hash: expected that of {source}, {found}, got {config.model.init_hash}")
-    mean, std = config.data.mean or weights.mean, config.data.std or weights.std
+        raise ConfigError(
+            f"--model.init-hash: expected that of {config.model.init}, {found}, got {config.model.init_hash}"
+        )
     student, stem = _built(config, weights.tensors)
-    student.notes = (load_weights(student, weights.tensors, config.model), *student.notes)
-    return _settled(config, found, stem, mean, std), student
+    config = _settled(config, found, stem, weights.mean, weights.std)
+    recipe = evaluation_recipe(config.data.image_size, config.data.mean, config.data.std)
+    mean, std = (" ".join(f"{value:.3g}" for value in values) for values in (recipe.mean, recipe.std))
+    told = f"images are normalised by mean {mean} and standard deviation {std}"
+    student.notes = (load_weights(student, weights.tensors, config.model), told, *student.notes)
+    return config, student
 
 
 def _begun(config: Config) -> Config | None:
-    """The configuration of the run that --run.dir holds, if it is to be continued and began with the same source."""
+    """The configuration of the run that --run.dir holds, if it is to be continued and began with the same weights."""
     folder, model = config.run.dir, config.model
     if folder is None or config.run.resume == "never" or checkpoint.latest(folder / "checkpoints") is None:
         return None
     before = run_folder.read_config(folder)
-    asked = dataclasses.replace(model, init_hash=before.model.init_hash, stem=before.model.stem)
-    return before if asked.init == before.model.init and model.init_hash in (None, asked.init_hash) else None
+    same = before.model.init == model.init and model.init_hash in (None, before.model.init_hash)
+    return before if same else None
 
 
 def _settled(config: Config, found: str | None, stem: Stem, mean: Colour | None, std: Colour | None) -> Config:
-    model = dataclasses.replace(config.model, init_hash=found, stem=stem)
-    return dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, mean=mean, std=std))
+    """`config` with these, but for a normalisation that was asked for."""
+    data = dataclasses.replace(config.data, mean=config.data.mean or mean, std=config.data.std or std)
+    return dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, init_hash=found, stem=stem))
 
 
 def _built(config: Config, tensors: dict[str, Tensor]) -> tuple[Encoder, Stem]:

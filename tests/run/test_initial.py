@@ -91,10 +91,11 @@ def test_names_of_other_tools_are_understood(tool: str, tmp_path: Path) -> None:
     torch.save(CHECKPOINTS[tool](), path)
     config, student = started(path)
     same(student.backbone, ONE)
-    (line,) = student.notes
+    line, normalised = student.notes
     assert "90 of 90 tensors, 100 % of the parameters" in line
     assert ("not used: fc.weight, fc.bias" in line) == (tool in ("bare", "moco"))
     assert line.endswith("; the projector is new")
+    assert normalised == "images are normalised by mean 0.5 0.5 0.5 and standard deviation 0.5 0.5 0.5"
     assert config.model.stem == "auto"
     if tool != "bare":
         _, teacher = started(path, init_which="teacher")
@@ -114,7 +115,7 @@ def test_a_transformer_takes_weights_of_another_image_size(tmp_path: Path) -> No
     theirs = network(3, "timm/test_vit", 160)
     torch.save({"teacher": renamed("module.backbone.", theirs.state_dict())}, tmp_path / "vit.pth")
     _, student = started(tmp_path / "vit.pth", arch="timm/test_vit")
-    (line,) = student.notes
+    line, _ = student.notes
     assert "100 % of the parameters, behind teacher.module.backbone" in line
     assert torch.equal(student.backbone.blocks[0].attn.qkv.weight, theirs.blocks[0].attn.qkv.weight)  # type: ignore
     assert student.backbone.pos_embed.shape != theirs.pos_embed.shape
@@ -311,8 +312,13 @@ def test_a_run_goes_on_after_a_stop_though_its_weights_are_gone(old: Path, image
     for name, value in weights[0].items():
         assert torch.equal(value, weights[1][name]), name
     assert [line["kind"] for line in metrics(tmp_path / "stopped")].count("end") >= 1
-    with pytest.raises(ConfigError, match=r"--model.init is .* there and .*old.* now"):
-        train.train(*train.parse(arguments(images, tmp_path / "stopped", "--model.init", str(old))))
+    for other, expected in (
+        (("--model.init", str(old)), r"--model.init is .* there and .*old.* now"),
+        ((*extra, "--data.std", "1", "1", "1"), r"--data.std is \(.*\) there and \(1.0, 1.0, 1.0\) now"),
+        ((*extra, "--model.init-which", "teacher"), r"--model.init-which is student there and teacher now"),
+    ):
+        with pytest.raises(ConfigError, match=expected):
+            train.train(*train.parse(arguments(images, tmp_path / "stopped", *other)))
 
 
 def test_weights_can_be_named_by_their_hash(old: Path, images: Path, tmp_path: Path) -> None:
