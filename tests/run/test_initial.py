@@ -18,6 +18,7 @@ from small_runs import SMALL, metrics, write_classes
 from torch import Tensor, nn
 
 from reco_fast import embed, export, train
+from reco_fast.data import recipe
 from reco_fast.errors import ConfigError
 from reco_fast.method.model import build_encoder
 from reco_fast.method.weights import fit, load_weights
@@ -170,6 +171,8 @@ def test_what_is_said_of_the_normalisation_stays(tmp_path: Path) -> None:
     settled, _ = initial_student(given)
     assert settled.data.mean == (0.1, 0.2, 0.3)
     assert settled.data.std == (0.5, 0.5, 0.5)  # timm's for this network
+    views = recipe(settled)
+    assert (views.mean, views.std) == (settled.data.mean, settled.data.std)
     assert initial_student(Config()) == (Config(), None)
 
 
