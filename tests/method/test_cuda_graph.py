@@ -82,27 +82,28 @@ def tensors(state: TrainState) -> dict[str, Tensor]:
         for kind in ("student", "teacher", "bank")
         for n, t in getattr(state, kind).state_dict().items()
     }
-    momenta = (state.optimizer.state[parameter]["momentum_buffer"] for parameter in state.student.parameters())
-    return found | {f"momentum.{number}": momentum for number, momentum in enumerate(momenta)}
+    of_weights = enumerate(state.optimizer.state[parameter] for parameter in state.student.parameters())
+    return found | {f"optimizer.{number}.{key}": t for number, values in of_weights for key, t in values.items()}
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "key_norm", "scaled", "train"),
+    ("optim", "key_norm", "scaled", "train"),
     [
-        ("sgd", "batch", False, {"precision": "fp32"}),
-        ("sgd", "split", False, {"precision": "bf16", "accumulate": 2}),
-        ("lars", "ema", True, {"precision": "fp32"}),
+        ({"name": "sgd"}, "batch", False, {"precision": "fp32"}),
+        ({"name": "sgd", "clip": 0.1}, "split", False, {"precision": "bf16", "accumulate": 2}),
+        ({"name": "lars"}, "ema", True, {"precision": "fp32"}),
+        ({"name": "adamw", "lr": 0.01, "clip": 0.1}, "batch", True, {"precision": "fp32"}),
     ],
 )
 def test_operators_run_again_are_the_next_steps_bit_for_bit(
-    optimizer: str, key_norm: str, scaled: bool, train: dict[str, object]
+    optim: dict[str, object], key_norm: str, scaled: bool, train: dict[str, object]
 ) -> None:
     given = config(**train)
     given = dataclasses.replace(
         given,
         model=dataclasses.replace(given.model, key_norm=key_norm, teacher_momentum_end=1.0),
         loss=dataclasses.replace(given.loss, mix_share=0.5 if scaled else 1.0),
-        optim=dataclasses.replace(given.optim, name=optimizer),
+        optim=dataclasses.replace(given.optim, **optim),
     )
     tape = Tape()
     plain, plain_metrics = run(given, CPU, None, scaled=scaled)

@@ -63,10 +63,11 @@ WORKER = """
 import dataclasses, os, sys, torch
 from pathlib import Path
 from reco_fast import distributed
-from reco_fast.settings.config import Config, ModelConfig, TrainConfig
+from reco_fast.settings.config import Config, ModelConfig, OptimConfig, TrainConfig
 from reco_fast.method.state import build_state
 from reco_fast.method.step import Draws, Schedule, train_step
 config = Config(model=ModelConfig(arch="timm/test_convnext", bank_size=96, projection_dim=16, teacher_momentum=0.9),
+                optim=OptimConfig(sys.argv[2], lr=0.01, clip=float(sys.argv[3])),
                 train=TrainConfig(batch_size=16, precision="fp32"))
 cpu = torch.device("cpu")
 torch.set_num_threads(1)
@@ -82,7 +83,7 @@ with distributed.process_group(cpu):
         mine = slice(16 // ranks * rank, 16 // ranks * (rank + 1))
         permutation = inner[rank] if ranks == 2 else torch.cat([inner[0], 8 + inner[1]])
         views = tuple(v[mine].contiguous(memory_format=torch.channels_last) for v in whole)
-        metrics = train_step(state, config, views, [Draws(permutation, weights, None)], Schedule(0.1, 1.0, 0.99))
+        metrics = train_step(state, config, views, [Draws(permutation, weights, None)], Schedule(float(sys.argv[4]), 1.0, 0.99))
         losses.append(distributed.sum_over_ranks(metrics[:5].clone()) / ranks)
     result = {"losses": torch.stack(losses)} | {f"student.{n}": t for n, t in state.student.state_dict().items()}
     result |= {f"teacher.{n}": t for n, t in state.teacher.state_dict().items()}
