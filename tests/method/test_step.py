@@ -242,10 +242,13 @@ def test_a_skipped_step_leaves_no_trace(
 
 
 def clipped_step(clip: float | None, scaled: bool, parts: int, by_hand: float | None = None) -> TrainState:
-    """A state after two steps; `by_hand` cuts the gradients that the optimizer is about to use, without PyTorch's
+    """A state after a step; `by_hand` cuts the gradients that the optimizer is about to use, without PyTorch's
     functions for that."""
     config = dataclasses.replace(
-        CONFIG, optim=OptimConfig(clip=clip), train=dataclasses.replace(CONFIG.train, accumulate=parts)
+        CONFIG,
+        loss=LossConfig(objective="moco"),
+        optim=OptimConfig(clip=clip),
+        train=dataclasses.replace(CONFIG.train, accumulate=parts),
     )
     state = build_state(config, CPU)
     state.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
@@ -259,13 +262,12 @@ def clipped_step(clip: float | None, scaled: bool, parts: int, by_hand: float | 
 
     if by_hand is not None:
         state.optimizer.register_step_pre_hook(cut)
-    for step in range(2):
-        metrics = train_step(state, config, views(step), draw(step, 16, config, CPU), scheduled(step, 10, config))
-        assert metrics[-1] == 0
+    metrics = train_step(state, config, views(0)[:2], draw(0, 16, config, CPU), scheduled(0, 10, config))
+    assert metrics[-1] == 0
     return state
 
 
-@pytest.mark.parametrize(("scaled", "parts"), [(False, 1), (True, 1), (False, 2), (True, 2)])
+@pytest.mark.parametrize(("scaled", "parts"), [(False, 1), (False, 2), (True, 2)])
 def test_gradients_are_clipped_by_the_norm_of_all_of_them_together(scaled: bool, parts: int) -> None:
     """Of the sum over parts, and without the factor by which a scaler multiplies them."""
     expected = clipped_step(None, scaled, parts, by_hand=0.2)
