@@ -23,7 +23,7 @@ def optimizer_name(config: OptimConfig, backbone: nn.Module) -> str:
     """`config.name`, or what auto takes for this backbone. Raises ConfigError for adamw at a rate of sgd."""
     auto = config.name == "auto"
     name = ("sgd" if batch_norms(backbone) else "adamw") if auto else config.name
-    if name == "adamw" and config.lr > MOST_ADAMW:  # it would train all the same, and learn little
+    if name == "adamw" and config.lr > MOST_ADAMW:  # it would train all the same, but badly
         why = " (auto took it because the backbone has no batch norm)" if auto else ""
         raise ConfigError(f"--optim.lr: expected at most {MOST_ADAMW} with adamw{why}, got {config.lr}")
     return name
