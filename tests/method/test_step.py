@@ -304,9 +304,18 @@ class Waits:
         return function(*given)
 
 
-@pytest.mark.parametrize(("device", "loader"), [("cpu", "torch"), ("cuda", "torch"), ("cuda", "dali")])
+@pytest.mark.parametrize(
+    ("device", "loader", "optim"),
+    [
+        ("cpu", "torch", ""),
+        ("cpu", "torch", "--optim.name adamw --optim.lr 0.01 --optim.clip 0.1"),
+        ("cuda", "torch", "--optim.name adamw --optim.lr 0.01 --optim.clip 0.1"),
+        ("cuda", "torch", ""),
+        ("cuda", "dali", ""),
+    ],
+)
 def test_nothing_waits_for_the_device_between_log_lines(
-    cifar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, loader: str
+    cifar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, loader: str, optim: str
 ) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
@@ -317,7 +326,7 @@ def test_nothing_waits_for_the_device_between_log_lines(
     often = "--train.no-cuda-graph --train.max-steps 8 --run.log-every 4 --run.checkpoint-minutes 1000 --data.workers 1"
     where = f"--data.path {cifar} --run.dir {tmp_path / 'run'} --train.device {device} --data.loader {loader}"
     with waits.recorder:
-        train.train(*train.parse(f"{small} {often} {where}".split()))
+        train.train(*train.parse(f"{small} {often} {where} {optim}".split()))
     assert waits.steps == 8
     assert "index_copy_" in waits.recorder.seen
     assert "_local_scalar_dense" in waits.recorder.seen  # the log lines themselves
