@@ -9,41 +9,67 @@ import torch
 from torch import Tensor, nn
 
 from reco_fast.errors import ConfigError
+from reco_fast.method.norms import batch_norms
 from reco_fast.settings.config import ModelConfig, OptimConfig
 
 BUILD_APEX = (  # the README of https://github.com/NVIDIA/apex, July 2026
     "git clone https://github.com/NVIDIA/apex && cd apex && "
     "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation ."
 )
+MOST_ADAMW = 0.01  # well above the rates that are usual with AdamW, below those with SGD
+
+
+def optimizer_name(config: OptimConfig, backbone: nn.Module) -> str:
+    """`config.name`, or what auto takes for this backbone. Raises ConfigError for adamw at a rate of sgd."""
+    auto = config.name == "auto"
+    name = ("sgd" if batch_norms(backbone) else "adamw") if auto else config.name
+    if name == "adamw" and config.lr > MOST_ADAMW:  # it would train all the same, but badly
+        why = " (auto took it because the backbone has no batch norm)" if auto else ""
+        raise ConfigError(f"--optim.lr: expected at most {MOST_ADAMW} with adamw{why}, got {config.lr}")
+    return name
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """SGD (PyTorch's fused kernel), LARS, or one by NVIDIA Apex, with no decay on norm and bias parameters unless
-    `decay_all`. Raises ConfigError where Apex is asked for and not there."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    vectors = [p for p in parameters if p.dim() <= 1]
-    matrices = [p for p in parameters if p.dim() > 1]
+    """SGD or AdamW (PyTorch's fused kernels), LARS, or one by NVIDIA Apex, for an encoder or a backbone alone. Weights
+    of layers decay; norms, biases, tokens and positions do not, unless `decay_all`. Raises ConfigError where Apex is
+    asked for and not there, and as `optimizer_name` does."""
+    name = optimizer_name(config, getattr(model, "backbone", model))
+    named = [(own, p) for own, p in model.named_parameters() if p.requires_grad]
+    weights = [p for own, p in named if _is_weight(own, p)]
+    others = [p for own, p in named if not _is_weight(own, p)]
     groups: list[dict[str, Any]] = [
-        {"params": matrices, "weight_decay": config.weight_decay, "adapt": True},
-        {"params": vectors, "weight_decay": config.weight_decay if config.decay_all else 0.0, "adapt": False},
+        {"params": weights, "weight_decay": config.weight_decay, "adapt": True},
+        {"params": others, "weight_decay": config.weight_decay if config.decay_all else 0.0, "adapt": False},
     ]
     groups = [group for group in groups if group["params"]]
-    lr = torch.tensor(config.lr, device=parameters[0].device)
+    lr = torch.tensor(config.lr, device=named[0][1].device)
     optimizer: torch.optim.Optimizer
-    states = ["momentum_buffer"]
-    if config.name == "lars":
+    states, betas = ["momentum_buffer"], (config.momentum, 0.999)
+    if name == "lars":
         optimizer = LARS(groups, lr=lr, momentum=config.momentum)
-    elif config.name == "apex-sgd":
+    elif name == "apex-sgd":
         optimizer = _apex(config, "FusedSGD", _apex_sgd, groups, momentum=config.momentum, set_grad_none=True)
-    elif config.name == "apex-lamb":
-        optimizer = _apex(config, "FusedMixedPrecisionLamb", _apex_lamb, groups, betas=(config.momentum, 0.999))
+    elif name == "apex-lamb":
+        optimizer = _apex(config, "FusedMixedPrecisionLamb", _apex_lamb, groups, betas=betas)
+        states = ["exp_avg", "exp_avg_sq"]
+    elif name == "adamw":
+        # The fused kernels can be captured in any case; without the flag PyTorch refuses to.
+        optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True, capturable=True)
         states = ["exp_avg", "exp_avg_sq"]
     else:
         optimizer = torch.optim.SGD(groups, lr=lr, momentum=config.momentum, fused=True)
     # Zeros from the start: where the scaler skips the very first step, fused SGD would keep uninitialised memory.
-    for parameter in parameters:
-        optimizer.state[parameter].update({name: torch.zeros_like(parameter) for name in states})
+    for _, parameter in named:
+        optimizer.state[parameter].update({state: torch.zeros_like(parameter) for state in states})
+        if name == "adamw":
+            optimizer.state[parameter]["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
     return optimizer
+
+
+def _is_weight(name: str, parameter: Tensor) -> bool:
+    """Whether a layer multiplies by it: weights of norms have one dimension; tokens, positions and layer scales, which
+    may have more, have other names."""
+    return parameter.dim() > 1 and name.rpartition(".")[2].endswith("weight")
 
 
 def _apex(

@@ -158,7 +158,7 @@ def compile_encoder(module: nn.Module) -> Any:
 def check_device(config: Config, device: torch.device) -> None:
     """Raises ConfigError for what needs a GPU, or one process, where it is not so."""
     if config.optim.name.startswith("apex") and device.type != "cuda":
-        raise ConfigError(f"--optim.name: expected sgd or lars on {device.type}, got {config.optim.name}")
+        raise ConfigError(f"--optim.name: expected auto, sgd, adamw or lars on {device.type}, got {config.optim.name}")
     hindrance = _hindrance_to_capture(config, device)
     if config.train.cuda_graph and hindrance:
         raise ConfigError(f"--train.cuda-graph: expected {hindrance}")

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from reco_fast import distributed
 from reco_fast.kernels.reference import mix_target, unit
@@ -158,7 +159,7 @@ def _compute(state: TrainState, config: Config, views: tuple[Tensor, ...], draws
         metrics.append(measured)
         keys.append(part_keys)
     with region("optimizer"):
-        skipped = _apply_gradients(state)
+        skipped = _apply_gradients(state, config.optim.clip)
         state.norm_buffers.restore(norms_before, where=skipped)
         state.norm_buffers.count(skipped, **_batches(config, parts, len(views[0]) // parts))
     with region("moving_average"):
@@ -184,8 +185,9 @@ def _batches(config: Config, parts: int, rows: int) -> dict[str, int]:
     }
 
 
-def _apply_gradients(state: TrainState) -> Tensor:
-    """Step the optimizer, or not where a gradient is not finite (0-d float32: 1), decided on the device.
+def _apply_gradients(state: TrainState, clip: float | None) -> Tensor:
+    """Step the optimizer, or not where a gradient is not finite (0-d float32: 1), decided on the device. Before it, a
+    gradient whose norm is above `clip` is scaled down to that.
 
     Gradients are averages over ranks by now, so all ranks decide alike.
     """
@@ -193,6 +195,9 @@ def _apply_gradients(state: TrainState) -> Tensor:
     skipped = gradients[0].new_zeros(())
     # The scaler's own check, with nothing to unscale: all gradients in one multi-tensor operator.
     torch._amp_foreach_non_finite_check_and_unscale_(gradients, skipped, torch.ones_like(skipped))
+    if clip is not None:
+        state.scaler.unscale_(state.optimizer)  # the scaler's own check, made here and not in its step: no pass more
+        clip_grads_with_norm_(state.student.parameters(), clip, get_total_norm(gradients))
     if not state.scaler.is_enabled():  # the scaler does the same by itself
         state.optimizer.found_inf = skipped  # type: ignore[attr-defined]
     state.scaler.step(state.optimizer)

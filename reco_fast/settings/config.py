@@ -237,7 +237,7 @@ class OptimConfig:
     clip: float | None = None
     """Largest norm of the gradient of all parameters together, to which a larger one is scaled down."""
     decay_all: bool = False
-    """Decay norm and bias parameters too, as the reference code does."""
+    """Decay norms, biases, tokens and positions too, as the reference code does all it has."""
     warmup_epochs: float = 0.0
     """Epochs of linear warm-up before the cosine."""
 

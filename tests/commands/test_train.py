@@ -229,6 +229,10 @@ def test_a_finished_run_is_left_alone(images: Path, tmp_path: Path, capsys: pyte
             ["--data.path", "{images}", "--model.arch", "timm/test_vit", "--data.grow-from", "16"],
             "--data.grow-from: expected a size that timm/",
         ),
+        (
+            ["--data.path", "{images}", "--model.arch", "timm/test_vit", "--optim.name", "auto", "--optim.lr", "0.06"],
+            "--optim.lr: expected at most 0.01 with adamw (auto took it because the backbone has no batch norm)",
+        ),
         ([], "--data.path"),
     ],
 )

@@ -31,6 +31,7 @@ from reco_fast.settings.config import (
 CPU = torch.device("cpu")
 STEPS = WARMUP + 4
 BAD = WARMUP + 2  # the step whose gradients are not finite
+ADAMW: dict[str, object] = {"name": "adamw", "lr": 0.01, "clip": 0.1}
 
 
 def config(**train: object) -> Config:
@@ -82,27 +83,28 @@ def tensors(state: TrainState) -> dict[str, Tensor]:
         for kind in ("student", "teacher", "bank")
         for n, t in getattr(state, kind).state_dict().items()
     }
-    momenta = (state.optimizer.state[parameter]["momentum_buffer"] for parameter in state.student.parameters())
-    return found | {f"momentum.{number}": momentum for number, momentum in enumerate(momenta)}
+    of_weights = enumerate(state.optimizer.state[parameter] for parameter in state.student.parameters())
+    return found | {f"optimizer.{number}.{key}": t for number, values in of_weights for key, t in values.items()}
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "key_norm", "scaled", "train"),
+    ("optim", "key_norm", "scaled", "train"),
     [
-        ("sgd", "batch", False, {"precision": "fp32"}),
-        ("sgd", "split", False, {"precision": "bf16", "accumulate": 2}),
-        ("lars", "ema", True, {"precision": "fp32"}),
+        ({"name": "sgd"}, "batch", False, {"precision": "fp32"}),
+        ({"name": "sgd", "clip": 0.1}, "split", False, {"precision": "bf16", "accumulate": 2}),
+        ({"name": "lars"}, "ema", True, {"precision": "fp32"}),
+        (ADAMW, "batch", True, {"precision": "fp32"}),
     ],
 )
 def test_operators_run_again_are_the_next_steps_bit_for_bit(
-    optimizer: str, key_norm: str, scaled: bool, train: dict[str, object]
+    optim: dict[str, object], key_norm: str, scaled: bool, train: dict[str, object]
 ) -> None:
     given = config(**train)
     given = dataclasses.replace(
         given,
         model=dataclasses.replace(given.model, key_norm=key_norm, teacher_momentum_end=1.0),
         loss=dataclasses.replace(given.loss, mix_share=0.5 if scaled else 1.0),
-        optim=dataclasses.replace(given.optim, name=optimizer),
+        optim=dataclasses.replace(given.optim, **optim),
     )
     tape = Tape()
     plain, plain_metrics = run(given, CPU, None, scaled=scaled)
@@ -234,7 +236,10 @@ def test_a_capture_without_memory_stays_a_matter_of_memory() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_captured_step_is_the_ordinary_one_and_its_replay_waits_for_nothing(precision: str, compiled: bool) -> None:
+@pytest.mark.parametrize("optim", [{}, ADAMW], ids=["sgd", "adamw"])
+def test_a_captured_step_is_the_ordinary_one_and_its_replay_waits_for_nothing(
+    precision: str, compiled: bool, optim: dict[str, object]
+) -> None:
     @contextlib.contextmanager
     def no_waiting_in_replays(step: int) -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("error" if step > WARMUP else "default")
@@ -244,6 +249,7 @@ def test_a_captured_step_is_the_ordinary_one_and_its_replay_waits_for_nothing(pr
             torch.cuda.set_sync_debug_mode("default")
 
     given = config(precision=precision, compile=compiled)
+    given = dataclasses.replace(given, optim=dataclasses.replace(given.optim, **optim))
     device = torch.device("cuda", 0)
     _, plain = run(given, device, None)
     _, captured = run(given, device, Graphed(CudaBackend()), around=no_waiting_in_replays)

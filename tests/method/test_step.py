@@ -12,7 +12,7 @@ from dispatch import WAITS, Recorder
 from torch._dynamo.utils import counters
 
 from reco_fast import train
-from reco_fast.method.state import build_state
+from reco_fast.method.state import TrainState, build_state
 from reco_fast.method.step import (
     METRICS,
     Draws,
@@ -26,7 +26,7 @@ from reco_fast.method.step import (
     train_step,
 )
 from reco_fast.run import progress
-from reco_fast.settings.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig
+from reco_fast.settings.config import Config, DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 
 CPU = torch.device("cpu")
 CONFIG = Config(
@@ -188,16 +188,28 @@ def test_mixed_precision_trains(precision: str) -> None:
     assert not torch.equal(first, last)
 
 
+ADAMW = OptimConfig("adamw", lr=0.01, clip=0.1)
+
+
 @pytest.mark.parametrize(
-    ("key_norm", "precision", "rows", "view"),
-    [("ema", "fp32", 8, 0), ("split", "fp32", 16, 1), ("batch", "fp32", 8, 2), ("batch", "fp16", 2, 1)],
+    ("key_norm", "precision", "rows", "view", "optim"),
+    [
+        ("ema", "fp32", 8, 0, OptimConfig()),
+        ("split", "fp32", 16, 1, OptimConfig(clip=0.1)),
+        ("batch", "fp32", 8, 2, ADAMW),
+        ("batch", "fp16", 2, 1, OptimConfig()),
+        ("batch", "fp16", 2, 0, ADAMW),
+    ],
 )
-def test_a_skipped_step_leaves_no_trace(key_norm: str, precision: str, rows: int, view: int) -> None:
+def test_a_skipped_step_leaves_no_trace(
+    key_norm: Any, precision: Any, rows: int, view: int, optim: OptimConfig
+) -> None:
     objective = "moco" if precision == "fp16" else "reco"  # fp16 takes seconds a pass on a CPU
     config = dataclasses.replace(
         CONFIG,
         model=dataclasses.replace(CONFIG.model, key_norm=key_norm),
         loss=LossConfig(objective=objective),
+        optim=optim,
         train=TrainConfig(batch_size=rows, precision=precision),
     )
     state = build_state(config, CPU)
@@ -207,7 +219,7 @@ def test_a_skipped_step_leaves_no_trace(key_norm: str, precision: str, rows: int
         modules = {"student": state.student, "teacher": state.teacher, "bank": state.bank}
         found = {f"{name}.{key}": v for name, m in modules.items() for key, v in m.state_dict().items()}
         for number, values in enumerate(state.optimizer.state.values()):
-            found[f"momentum.{number}"] = values["momentum_buffer"]
+            found |= {f"optimizer.{number}.{key}": value for key, value in values.items()}
         return {name: value.clone() for name, value in found.items()}
 
     def step(given: tuple[torch.Tensor, ...]) -> float:
@@ -226,7 +238,50 @@ def test_a_skipped_step_leaves_no_trace(key_norm: str, precision: str, rows: int
     assert step(views(2, rows)) == 0
     changed = {name for name, value in everything().items() if not torch.equal(value, before[name])}
     assert {"bank.position", "student.backbone.bn1.num_batches_tracked"} <= changed
-    assert {name.partition(".")[0] for name in changed} == {"student", "teacher", "bank", "momentum"}
+    assert {name.partition(".")[0] for name in changed} == {"student", "teacher", "bank", "optimizer"}
+
+
+def clipped_step(clip: float | None, scaled: bool, parts: int, by_hand: float | None = None) -> TrainState:
+    """A state after a step; `by_hand` cuts the gradients that the optimizer is about to use, without PyTorch's
+    functions for that."""
+    config = dataclasses.replace(
+        CONFIG,
+        loss=LossConfig(objective="moco"),
+        optim=OptimConfig(clip=clip),
+        train=dataclasses.replace(CONFIG.train, accumulate=parts),
+    )
+    state = build_state(config, CPU)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
+
+    def cut(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        gradients = [p.grad for p in state.student.parameters()]
+        norm = torch.cat([gradient.flatten() for gradient in gradients]).norm() / state.scaler.get_scale()
+        assert norm > 2 * by_hand
+        for gradient in gradients:
+            gradient.mul_(by_hand / norm)
+
+    if by_hand is not None:
+        state.optimizer.register_step_pre_hook(cut)
+    metrics = train_step(state, config, views(0)[:2], draw(0, 16, config, CPU), scheduled(0, 10, config))
+    assert metrics[-1] == 0
+    return state
+
+
+@pytest.mark.parametrize(("scaled", "parts"), [(False, 1), (False, 2), (True, 2)])
+def test_gradients_are_clipped_by_the_norm_of_all_of_them_together(scaled: bool, parts: int) -> None:
+    """Of the sum over parts, and without the factor by which a scaler multiplies them."""
+    expected = clipped_step(None, scaled, parts, by_hand=0.2)
+    found = clipped_step(0.2, scaled, parts)
+    for name, value in found.student.state_dict().items():
+        torch.testing.assert_close(value, expected.student.state_dict()[name], rtol=1e-5, atol=1e-6, msg=name)
+    for one, other in zip(found.optimizer.state.values(), expected.optimizer.state.values(), strict=True):
+        torch.testing.assert_close(one["momentum_buffer"], other["momentum_buffer"], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_clip_above_the_norm_changes_no_bit(scaled: bool) -> None:
+    expected, found = clipped_step(None, scaled, 1), clipped_step(1e4, scaled, 1)
+    assert all(map(torch.equal, expected.student.state_dict().values(), found.student.state_dict().values()))
 
 
 class Waits:
@@ -249,9 +304,18 @@ class Waits:
         return function(*given)
 
 
-@pytest.mark.parametrize(("device", "loader"), [("cpu", "torch"), ("cuda", "torch"), ("cuda", "dali")])
+@pytest.mark.parametrize(
+    ("device", "loader", "optim"),
+    [
+        ("cpu", "torch", ""),
+        ("cpu", "torch", "--optim.name adamw --optim.lr 0.01 --optim.clip 0.1"),
+        ("cuda", "torch", "--optim.name adamw --optim.lr 0.01 --optim.clip 0.1"),
+        ("cuda", "torch", ""),
+        ("cuda", "dali", ""),
+    ],
+)
 def test_nothing_waits_for_the_device_between_log_lines(
-    cifar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, loader: str
+    cifar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, loader: str, optim: str
 ) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
@@ -262,7 +326,7 @@ def test_nothing_waits_for_the_device_between_log_lines(
     often = "--train.no-cuda-graph --train.max-steps 8 --run.log-every 4 --run.checkpoint-minutes 1000 --data.workers 1"
     where = f"--data.path {cifar} --run.dir {tmp_path / 'run'} --train.device {device} --data.loader {loader}"
     with waits.recorder:
-        train.train(*train.parse(f"{small} {often} {where}".split()))
+        train.train(*train.parse(f"{small} {often} {where} {optim}".split()))
     assert waits.steps == 8
     assert "index_copy_" in waits.recorder.seen
     assert "_local_scalar_dense" in waits.recorder.seen  # the log lines themselves

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -60,13 +61,14 @@ def test_draws_differ_from_rank_to_rank_but_for_the_shuffle_of_all(
 
 
 WORKER = """
-import dataclasses, os, sys, torch
+import json, sys, torch
 from pathlib import Path
 from reco_fast import distributed
-from reco_fast.settings.config import Config, ModelConfig, TrainConfig
+from reco_fast.settings.config import Config, ModelConfig, OptimConfig, TrainConfig
 from reco_fast.method.state import build_state
 from reco_fast.method.step import Draws, Schedule, train_step
 config = Config(model=ModelConfig(arch="timm/test_convnext", bank_size=96, projection_dim=16, teacher_momentum=0.9),
+                optim=OptimConfig(**json.loads(sys.argv[2])),
                 train=TrainConfig(batch_size=16, precision="fp32"))
 cpu = torch.device("cpu")
 torch.set_num_threads(1)
@@ -82,7 +84,8 @@ with distributed.process_group(cpu):
         mine = slice(16 // ranks * rank, 16 // ranks * (rank + 1))
         permutation = inner[rank] if ranks == 2 else torch.cat([inner[0], 8 + inner[1]])
         views = tuple(v[mine].contiguous(memory_format=torch.channels_last) for v in whole)
-        metrics = train_step(state, config, views, [Draws(permutation, weights, None)], Schedule(0.1, 1.0, 0.99))
+        schedule = Schedule(config.optim.lr, 1.0, 0.99)
+        metrics = train_step(state, config, views, [Draws(permutation, weights, None)], schedule)
         losses.append(distributed.sum_over_ranks(metrics[:5].clone()) / ranks)
     result = {"losses": torch.stack(losses)} | {f"student.{n}": t for n, t in state.student.state_dict().items()}
     result |= {f"teacher.{n}": t for n, t in state.teacher.state_dict().items()}
@@ -92,14 +95,17 @@ with distributed.process_group(cpu):
 """
 
 
-def test_one_rank_and_two_agree_over_20_steps(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optim", [{"lr": 0.1}, {"name": "adamw", "lr": 0.001, "clip": 0.1}], ids=["sgd", "adamw"])
+def test_one_rank_and_two_agree_over_20_steps(tmp_path: Path, optim: dict[str, object]) -> None:
     from safetensors.torch import load_file
 
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     # One rank needs no launcher, which would import PyTorch once more.
-    alone = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, env=ENVIRONMENT)
-    for run in (alone, torchrun(script, tmp_path)):
+    alone = subprocess.run(
+        [sys.executable, script, tmp_path, json.dumps(optim)], capture_output=True, text=True, env=ENVIRONMENT
+    )
+    for run in (alone, torchrun(script, tmp_path, json.dumps(optim))):
         assert run.returncode == 0, run.stderr[-3000:]
     one, first, second = (load_file(tmp_path / f"{name}.safetensors") for name in ("1-0", "2-0", "2-1"))
     for name, value in one.items():

@@ -14,7 +14,7 @@ from reco_fast.errors import ConfigError
 from reco_fast.method.state import TrainState, build_state
 from reco_fast.method.step import draw, scheduled, train_step
 from reco_fast.run import checkpoint
-from reco_fast.settings.config import Config, LossConfig, ModelConfig, TrainConfig
+from reco_fast.settings.config import Config, LossConfig, ModelConfig, OptimConfig, TrainConfig
 
 CONFIG = Config(
     model=ModelConfig(arch="timm/test_resnet", bank_size=64, projection_dim=16),
@@ -44,11 +44,22 @@ def go_on(state: TrainState, steps: int, seed: int = 0, config: Config = CONFIG)
         train_step(state, config, views, draw(state.step, 8, config, state.device), scheduled(state.step, 10, config))
 
 
-@pytest.mark.parametrize(("precision", "key_norm"), [("fp32", "batch"), ("bf16", "batch"), ("bf16", "split")])
-def test_training_goes_on_from_a_checkpoint_bit_for_bit(tmp_path: Path, precision: Any, key_norm: Any) -> None:
+@pytest.mark.parametrize(
+    ("precision", "key_norm", "optim"),
+    [
+        ("fp32", "batch", OptimConfig()),
+        ("bf16", "batch", OptimConfig()),
+        ("bf16", "split", OptimConfig()),
+        ("fp32", "batch", OptimConfig("adamw", lr=0.01, clip=0.1)),
+    ],
+)
+def test_training_goes_on_from_a_checkpoint_bit_for_bit(
+    tmp_path: Path, precision: Any, key_norm: Any, optim: OptimConfig
+) -> None:
     config = dataclasses.replace(
         CONFIG,
         model=dataclasses.replace(CONFIG.model, key_norm=key_norm, norm_groups=2, teacher_momentum=0.5),
+        optim=optim,
         train=dataclasses.replace(CONFIG.train, precision=precision),
     )
     straight = trained(5, config=config)
@@ -64,6 +75,8 @@ def test_training_goes_on_from_a_checkpoint_bit_for_bit(tmp_path: Path, precisio
     ):
         for name, value in a.state_dict().items():
             assert torch.equal(value, b.state_dict()[name]), name
+    for one, other in zip(straight.optimizer.state.values(), resumed.optimizer.state.values(), strict=True):
+        assert all(torch.equal(value, other[key]) for key, value in one.items())
 
 
 def test_the_two_newest_are_kept_and_no_temporary_file(tmp_path: Path) -> None:
