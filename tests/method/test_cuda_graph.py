@@ -92,6 +92,7 @@ def tensors(state: TrainState) -> dict[str, Tensor]:
         ("sgd", "batch", False, {"precision": "fp32"}),
         ("sgd", "split", False, {"precision": "bf16", "accumulate": 2}),
         ("lars", "ema", True, {"precision": "fp32"}),
+        ("sgd", "split", False, {"precision": "fp32", "checkpoint_activations": True}),
     ],
 )
 def test_operators_run_again_are_the_next_steps_bit_for_bit(
