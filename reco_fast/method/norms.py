@@ -1,5 +1,6 @@
 """Batch norms as a step uses them: of groups of the batch in one pass, and their running averages."""
 
+import functools
 import itertools
 from typing import Any
 
@@ -12,8 +13,28 @@ from torch.nn.modules.batchnorm import _BatchNorm
 MANY_VALUES = 1024  # a group and channel: from here on PyTorch's group norm is fast on a CPU
 
 
+class _Kept(_BatchNorm):
+    """A batch norm that is in eval mode whatever the modules around it are told."""
+
+    def train(self, mode: bool = True) -> "_Kept":
+        return super().train(False)
+
+
 def batch_norms(*modules: nn.Module) -> list[_BatchNorm]:
-    return [m for module in modules for m in module.modules() if isinstance(m, _BatchNorm)]
+    """But for those whose statistics are kept."""
+    found = (m for module in modules for m in module.modules())
+    return [m for m in found if isinstance(m, _BatchNorm) and not isinstance(m, _Kept)]
+
+
+def keep_statistics(module: nn.Module) -> None:
+    """Make every batch norm in `module`, and in copies of it, use its running averages and leave them as they are."""
+    for norm in batch_norms(module):
+        norm.eval().__class__ = _kept(type(norm))
+
+
+@functools.cache
+def _kept(kind: type[_BatchNorm]) -> type[_BatchNorm]:
+    return type(f"Kept{kind.__name__}", (_Kept, kind), {})
 
 
 class _NormOfGroups(torch.autograd.Function):

@@ -20,6 +20,7 @@ from reco_fast.method.cuda_graph import CudaBackend, Graphed
 from reco_fast.method.model import Encoder, MemoryBank, build_encoder, channels_last, check_other_sizes
 from reco_fast.method.norms import NormBuffers, batch_norms
 from reco_fast.method.optim import build_optimizer
+from reco_fast.method.parts import freeze_parts, recompute_blocks
 from reco_fast.method.passes import Passes, TeacherUpdate, follow_mode, running_student, running_teacher
 from reco_fast.method.phases import view_sizes
 from reco_fast.settings.config import Config
@@ -68,6 +69,7 @@ class TrainState:
         size, compiled = config.data.image_size, _compiles(config, self.device)
         # Both views in one pass only where a compiler fuses what keeps them apart: else it costs more than it saves.
         learning = running_student(self.student, config.model, size, 2 if compiled and config.mixes_alike else 1)
+        dropout = config.train.checkpoint_activations and recompute_blocks(learning.module, config.model.arch)
         alike = len(set(config.teacher_sizes)) == 1  # views of two sizes are no batch
         views = len(config.teacher_sizes) if compiled and alike else 1
         teaching = running_teacher(self.teacher, config.model, self.precision, size, views)
@@ -83,7 +85,12 @@ class TrainState:
                     self.run_student, broadcast_buffers=False, gradient_as_bucket_view=True
                 )
         self.update_teacher = TeacherUpdate(self.teacher, self.student, config.model.key_norm, teaching)
-        if runs_captured(config, self.device):
+        if dropout and config.train.cuda_graph:
+            raise ConfigError(
+                f"--train.cuda-graph: expected no --train.checkpoint-activations for {config.model.arch} with dropout, "
+                "whose random state only the host can put back"
+            )
+        if runs_captured(config, self.device) and not dropout:
             self.graphed = Graphed(CudaBackend(), insist=bool(config.train.cuda_graph))
 
     def autocast(self) -> torch.autocast:
@@ -115,6 +122,7 @@ def build_state(config: Config, device: torch.device, student: Encoder | None = 
             raise ConfigError(
                 f"--model.{flag}: expected batch for {config.model.arch}, which has no batch norm, got {norm}"
             )
+    freeze_parts(student.backbone, config.model)
     channels_last(student.to(device))
     precision = pick_precision(config.train.precision, device)
     teacher = copy.deepcopy(student).requires_grad_(False)

@@ -211,7 +211,7 @@ def _tensors(state: TrainState) -> dict[str, Tensor]:
     for prefix, module in (("student", state.student), ("teacher", state.teacher), ("bank", state.bank)):
         named |= {f"{prefix}.{name}": value for name, value in module.state_dict().items()}
     for name, parameter in state.student.named_parameters():
-        for key, value in state.optimizer.state[parameter].items():
+        for key, value in state.optimizer.state.get(parameter, {}).items():
             named[f"optimizer.{name}" if key == "momentum_buffer" else f"optimizer.{name}.{key}"] = value
     for number, group in enumerate(state.optimizer.param_groups):
         if isinstance(group.get("step"), Tensor):  # Apex's LAMB counts on the device

@@ -94,6 +94,7 @@ def tensors(state: TrainState) -> dict[str, Tensor]:
         ({"name": "sgd", "clip": 0.1}, "split", False, {"precision": "bf16", "accumulate": 2}),
         ({"name": "lars"}, "ema", True, {"precision": "fp32"}),
         (ADAMW, "batch", True, {"precision": "fp32"}),
+        ({"name": "sgd"}, "split", False, {"precision": "fp32", "checkpoint_activations": True}),
     ],
 )
 def test_operators_run_again_are_the_next_steps_bit_for_bit(
