@@ -21,6 +21,7 @@ from reco_fast import distributed
 from reco_fast.data import open_data, passed_over, rules_of
 from reco_fast.evaluation.features import Features, features_of, knn_top1, labelled_features
 from reco_fast.method.losses import loss_runs
+from reco_fast.method.optim import optimizer_name
 from reco_fast.method.state import TrainState, build_state, fastest_precision, pick_device
 from reco_fast.method.step import draw, scheduled, train_step
 from reco_fast.pipelines.augmentations import Recipe
@@ -112,6 +113,8 @@ def introduction(run: Run, state: TrainState) -> str:
     if config.train.precision == "auto":
         number += f" ({fastest_precision(device)[1]})"
     images = f"{len(run.source)} images"
+    if config.optim.name == "auto":
+        number += f", by {optimizer_name(config.optim, state.student.backbone)}"
     return f"{run.folder}: {config.loss.objective} with {config.model.arch} on {images}, {device} in {number}"
 
 

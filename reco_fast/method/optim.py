@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from reco_fast.errors import ConfigError
-from reco_fast.method.norms import batch_norms
 from reco_fast.settings.config import ModelConfig, OptimConfig
 
 BUILD_APEX = (  # the README of https://github.com/NVIDIA/apex, July 2026
@@ -22,7 +22,8 @@ MOST_ADAMW = 0.01  # well above the rates that are usual with AdamW, below those
 def optimizer_name(config: OptimConfig, backbone: nn.Module) -> str:
     """`config.name`, or what auto takes for this backbone. Raises ConfigError for adamw at a rate of sgd."""
     auto = config.name == "auto"
-    name = ("sgd" if batch_norms(backbone) else "adamw") if auto else config.name
+    normalised = any(isinstance(module, _BatchNorm) for module in backbone.modules())  # frozen ones as well
+    name = ("sgd" if normalised else "adamw") if auto else config.name
     if name == "adamw" and config.lr > MOST_ADAMW:  # it would train all the same, but badly
         why = " (auto took it because the backbone has no batch norm)" if auto else ""
         raise ConfigError(f"--optim.lr: expected at most {MOST_ADAMW} with adamw{why}, got {config.lr}")

@@ -25,6 +25,7 @@ from reco_fast.method.optim import (
     set_learning_rate,
     teacher_momentum,
 )
+from reco_fast.method.parts import freeze_parts
 from reco_fast.method.state import TrainState, build_state, check_device
 from reco_fast.method.step import draw, scheduled, train_step
 from reco_fast.run import checkpoint
@@ -149,6 +150,7 @@ def test_adamw_may_be_captured_in_a_cuda_graph() -> None:
 def test_auto_takes_adamw_where_the_backbone_has_no_batch_norm(arch: str, name: Any, kind: type) -> None:
     encoder = build_encoder(ModelConfig(arch=arch), 32)
     encoder.projector.append(nn.BatchNorm1d(4))  # which says nothing about the backbone
+    freeze_parts(encoder.backbone, ModelConfig(freeze="norms"))  # nor does it that norms are frozen
     config = OptimConfig(name=name, lr=0.01)
     assert type(build_optimizer(encoder, config)) is kind
     assert optimizer_name(config, encoder.backbone) == kind.__name__.lower()
