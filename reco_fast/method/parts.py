@@ -57,9 +57,10 @@ def freeze_parts(backbone: nn.Module, config: ModelConfig) -> None:
         frozen += [parameter for module in found for parameter in module.parameters()]
     for parameter in frozen:
         parameter.requires_grad_(False)
-    for module in backbone.modules():  # so that a norm without weights stays with the stage that it is in
-        own = {id(parameter) for parameter in module.parameters()}
-        if own and own <= {id(parameter) for parameter in frozen}:
+    kept = set(frozen)
+    for module in backbone.modules():  # not the norms alone: one without weights goes with what it is in
+        own = set(module.parameters())
+        if own and own <= kept:
             keep_statistics(module)
 
 
