@@ -28,12 +28,13 @@ def batch_norms(*modules: nn.Module) -> list[_BatchNorm]:
 
 def keep_statistics(module: nn.Module) -> None:
     """Make every batch norm in `module`, and in copies of it, use its running averages and leave them as they are."""
+    norm: Any
     for norm in batch_norms(module):
-        norm.eval().__class__ = _kept(type(norm))
+        norm.eval().__class__ = _kept(norm.__class__)
 
 
 @functools.cache
-def _kept(kind: type[_BatchNorm]) -> type[_BatchNorm]:
+def _kept(kind: type) -> type:
     return type(f"Kept{kind.__name__}", (_Kept, kind), {})
 
 

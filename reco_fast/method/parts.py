@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from timm.layers import RmsNorm
+from timm.layers.norm import RmsNorm
 from timm.models import group_parameters
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -57,9 +57,10 @@ def freeze_parts(backbone: nn.Module, config: ModelConfig) -> None:
         frozen += [parameter for module in found for parameter in module.parameters()]
     for parameter in frozen:
         parameter.requires_grad_(False)
-    for module in backbone.modules():  # so that a norm without weights stays with the stage that it is in
-        own = {id(parameter) for parameter in module.parameters()}
-        if own and own <= {id(parameter) for parameter in frozen}:
+    kept = set(frozen)
+    for module in backbone.modules():  # not the norms alone: one without weights goes with what it is in
+        own = set(module.parameters())
+        if own and own <= kept:
             keep_statistics(module)
 
 
@@ -73,11 +74,11 @@ def _stages(backbone: nn.Module) -> list[list[nn.Parameter]]:
 def recompute_blocks(encoder: nn.Module, arch: str) -> bool:
     """Make each repeated block of `encoder` keep its input alone for the backward pass, which computes the rest again.
     Returns whether one draws random numbers, whose state is then kept too. Raises ConfigError where none is found."""
-    blocks = list(_blocks(encoder))
+    blocks: list[Any] = list(_blocks(encoder))
     if not blocks:
         raise ConfigError(f"--train.checkpoint-activations: expected a backbone of repeated blocks, got {arch}")
     for block in blocks:
-        block.__class__ = _recomputed(type(block))
+        block.__class__ = _recomputed(block.__class__)
     return any(_draws(block) for block in blocks)
 
 
@@ -118,14 +119,14 @@ class _Recomputed(nn.Module):
 
 
 @functools.cache
-def _recomputed(kind: type[nn.Module]) -> type[nn.Module]:
+def _recomputed(kind: type) -> type:
     return type(f"Recomputed{kind.__name__}", (_Recomputed, kind), {})
 
 
 @contextlib.contextmanager
 def _averages_aside(block: nn.Module) -> Iterator[None]:
     """The running averages have followed the batch once: what the second pass makes of them is thrown away."""
-    norms = [norm for norm in batch_norms(block) if norm.running_mean is not None]
+    norms: list[Any] = [norm for norm in batch_norms(block) if norm.running_mean is not None]
     kept = [(norm.running_mean, norm.running_var) for norm in norms]
     for norm in norms:
         norm.running_mean, norm.running_var = torch.empty_like(norm.running_mean), torch.empty_like(norm.running_var)

@@ -1,6 +1,7 @@
 """Parts of the backbone that stay as they are, and blocks that the backward pass computes again."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -176,10 +177,8 @@ def test_frozen_stages_stay_bit_for_bit_and_the_rest_learns(given: Config, kept:
     before, of = tensors(state), tuple(f"{which}.backbone.{name}" for which in ("student", "teacher") for name in kept)
     for _ in range(3):
         go_on(state, given)
-        for encoder, mode in ((state.student, True), (state.teacher, False)):  # as an evaluation does
-            with torch.no_grad():
-                encoder.eval()(torch.randn(2, 3, *[given.data.image_size] * 2))
-            encoder.train(mode)
+        state.student.eval().train()  # as an evaluation does
+        state.enter(given)  # as a new phase does
     frozen, moved = 0, set()
     for name, value in tensors(state).items():
         if below(name, of):
@@ -283,6 +282,24 @@ def test_recomputed_blocks_make_the_same_step_bit_for_bit(
         assert list(plain) == list(again)
         for key, value in plain.items():
             assert torch.equal(value, again[key]), key
+
+
+@pytest.mark.parametrize(
+    ("arch", "blocks"),
+    [
+        ("resnet18", {"BasicBlock": 8}),
+        ("mobilenet_v3_small", {"InvertedResidual": 11}),  # which list smaller blocks beside single layers
+        ("timm/test_resnet", {"BasicBlock": 3, "Bottleneck": 1}),
+        ("timm/test_efficientnet", {"EdgeResidual": 2, "InvertedResidual": 2}),
+        ("timm/test_convnext", {"ConvNeXtBlock": 9}),  # in stages, which are in a list as well
+        ("timm/test_vit", {"Block": 6}),
+    ],
+)
+def test_blocks_are_the_innermost_repeated_parts(arch: str, blocks: dict[str, int]) -> None:
+    encoder = build_encoder(ModelConfig(arch=arch, projection_dim=8), 64)
+    assert not recompute_blocks(encoder, arch)
+    kinds = Counter(type(module).__name__ for module in encoder.modules())
+    assert {name[10:]: n for name, n in kinds.items() if name.startswith("Recomputed")} == blocks
 
 
 def kept_for_backward(module: nn.Module, work: Callable[[], object]) -> int:
