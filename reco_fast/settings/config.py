@@ -138,7 +138,7 @@ class ModelConfig:
     """SHA-256 of the tensors of --model.init, which a run writes down; give it to be sure that they are those."""
     freeze: str = "nothing"
     """Part of the backbone to keep as it is: a number of stages, of which the stem is the first, or norms."""
-    freeze_patch_embed: bool = False
+    freeze_patch_embed: tyro.conf.FlagCreatePairsOff[bool] = False
     """Keep a transformer's patch embedding as it is (MoCo v3, arXiv 2104.02057, section 4)."""
 
     def __post_init__(self) -> None:
@@ -256,7 +256,7 @@ class TrainConfig:
     """Global: all ranks together, and all accumulated parts."""
     accumulate: int = 1
     """Parts that a rank's batch is cut into, to save memory; gradients are summed before the one step."""
-    checkpoint_activations: bool = False
+    checkpoint_activations: tyro.conf.FlagCreatePairsOff[bool] = False
     """Keep only what enters each block of the backbone, and compute the rest again in the backward pass: less memory,
     one more forward pass of the student."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
