@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import dataclasses
 import logging
-import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -195,15 +194,13 @@ def _of_file(path: Path) -> dict[str, Tensor]:
         # What DINO, MAE and others keep beside the weights: a plain object with attributes.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)|Unsupported \w+ (\S+)", str(error))
-        what = f"an object, {found.group(1) or found.group(2)}" if found else "something else"
-        raise ConfigError(
-            f"--model.init: expected tensors alone in {path}, got {what}, which is not loaded since it could run code; "
-            "save its state_dict as .safetensors where you trust it"
-        ) from None
     except Exception as error:  # truncated and foreign files raise many types
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ConfigError(
+                f"--model.init: expected tensors alone in {path}, got an object, {found.group(1)}, which is not loaded "
+                "since it could run code; save its state_dict as .safetensors where you trust it"
+            ) from None
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0].split(". ")[0]
         raise ConfigError(f"--model.init: expected a file of weights, got {path} ({reason})") from None
     tensors = dict(_flat(content))
     if not tensors:
