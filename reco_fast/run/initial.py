@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import logging
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -192,7 +193,7 @@ def _of_file(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         # What DINO, MAE and others keep beside the weights: a plain object with attributes.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated and foreign files raise many types
         if found := re.search(r"GLOBAL (\S+)", str(error)):

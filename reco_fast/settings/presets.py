@@ -36,6 +36,33 @@ CIFAR10 = Config(
     train=TrainConfig(epochs=200, batch_size=512),
 )
 
+# Chosen on CIFAR-10 at 64 px (docs/quality.md): with batch norms that follow the new images it ends lower.
+ADAPT = Config(
+    data=DataConfig(image_size=224),
+    model=ModelConfig(
+        arch="timm/tf_efficientnet_lite0",
+        init="timm",
+        freeze="norms",
+        stem="standard",
+        projector="linear",
+        bank_size=2048,
+        teacher_momentum=0.99,
+    ),
+    loss=LossConfig(mix="mixup", mix_share=0.5, mix_within=True, keys="weak", temperature=0.1, ramp=0.5),
+    optim=OptimConfig(lr=0.003, warmup_epochs=1),
+    train=TrainConfig(epochs=10, batch_size=128),
+    eval=EvalConfig(every=5),
+)
+
+# Rate, decay, warm-up and momentum as MoCo v3 has them for its transformers (arXiv 2104.02057, section 4 and its code).
+VIT_SMALL = Config(
+    data=DataConfig(image_size=224),
+    model=ModelConfig(arch="timm/vit_small_patch16_224", teacher_momentum=0.99, teacher_momentum_end=1.0),
+    loss=LossConfig(mix="mixup", mix_share=0.5, mix_within=True, keys="weak", ramp=0.5),
+    optim=OptimConfig(name="adamw", lr=1.5e-4, weight_decay=0.1, warmup_epochs=10, clip=1.0),
+    train=TrainConfig(epochs=100, batch_size=1024),
+)
+
 # The paper's setting: 4 GPUs × 32 images, rate 0.03 for the batch of 128.
 IMAGENET100 = Config(
     data=DataConfig(image_size=224),
@@ -81,6 +108,22 @@ PRESETS: dict[str, tuple[Config, str]] = {
         With --train.epochs 150, on CIFAR-10 as JPEG, alone on an NVIDIA H200 (torch 2.11, 2026-11-28): 58,000 images/s;
         kNN top-1 37.2 % untrained, 73.2 and 76.0 % after 1.7 and 2.5 minutes of training (epochs 75 and 128), of which
         compilation took 0.7; its end was not seen, nor 200 epochs.""",
+    ),
+    "adapt": (
+        ADAPT,
+        """A network that timm has weights for, adapted to a folder of your photographs without labels.
+
+        python -m reco_fast.train adapt --data.path photos/
+
+        @ADAPT@""",
+    ),
+    "vit-small": (
+        VIT_SMALL,
+        """ViT-Small by AdamW at 224 px, or of small patches up to 64 px.
+
+        torchrun --standalone --nproc-per-node 4 -m reco_fast.train vit-small --data.path imagenet/train
+
+        @VIT@""",
     ),
     "imagenet100": (
         IMAGENET100,

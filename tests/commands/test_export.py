@@ -148,6 +148,14 @@ def test_a_blueprint_rebuilds_the_backbone_or_is_none(arch: str, size: int, libr
     assert (found is not None) == fits
 
 
+@pytest.mark.parametrize(("arch", "patch"), [("test_vit", 4), ("test_convnext", 1)])
+def test_small_patches_are_rebuilt_by_timm(arch: str, patch: int) -> None:
+    encoder = build_encoder(ModelConfig(arch=f"timm/{arch}", stem="small"), 32)
+    found = export.find_blueprint("timm", arch, encoder.backbone, 32)
+    assert found is not None
+    assert found.options["patch_size"] == patch
+
+
 def test_equal_names_of_weights_are_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = build_encoder(ModelConfig(arch="torchvision/resnet18", stem="standard"), 32).backbone
     assert export.find_blueprint("torchvision", "resnet18", backbone, 32) is not None

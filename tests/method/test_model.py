@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from reco_fast.errors import ConfigError
-from reco_fast.method.model import Encoder, MemoryBank, build_encoder
+from reco_fast.method.model import Encoder, MemoryBank, build_encoder, patch_size
 from reco_fast.method.state import build_state
 from reco_fast.settings.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig
 
@@ -43,6 +43,23 @@ def test_small_stem_keeps_the_resolution_up_to_64_px(stem: str, size: int, resol
     encoder.backbone.layer1.register_forward_pre_hook(lambda module, args: seen.update(size=args[0].shape[-1]))
     encoder(torch.randn(2, 3, size, size))
     assert seen["size"] == resolution
+
+
+@pytest.mark.parametrize(
+    ("arch", "stem", "size", "expected"),
+    [
+        ("test_vit", "auto", 32, 4),
+        ("test_vit", "auto", 96, 16),
+        ("test_vit", "small", 96, 4),
+        ("test_vit", "standard", 32, 16),
+        ("test_convnext", "auto", 32, 1),
+        ("mixer_s16_224", "auto", 32, 16),  # timm's constructor takes no other
+    ],
+)
+def test_small_images_are_cut_into_small_patches(arch: str, stem: Any, size: int, expected: int) -> None:
+    encoder = build_encoder(ModelConfig(arch=f"timm/{arch}", stem=stem, projection_dim=16), size)
+    assert patch_size(encoder.backbone) == expected
+    assert encoder(torch.zeros(2, 3, size, size)).shape == (2, 16)
 
 
 def test_unknown_backbone_suggests_the_nearest() -> None:

@@ -86,6 +86,11 @@ def same(backbone: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         assert torch.equal(value, tensors[name]), name
 
 
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_classes(tmp_path_factory.mktemp("images") / "train", 12)
+
+
 @pytest.mark.parametrize("tool", CHECKPOINTS)
 def test_names_of_other_tools_are_understood(tool: str, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pth.tar"
@@ -162,6 +167,17 @@ def test_libraries_give_weights_and_normalisation(tmp_path: Path, monkeypatch: p
         assert torch.equal(student.backbone.state_dict()[name], theirs[name])
         assert config.data.mean == (0.485, 0.456, 0.406)
         assert config.data.std == (0.229, 0.224, 0.225)
+
+
+def test_the_preset_adapts_a_network_of_timm(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = network(5, "timm/tf_efficientnet_lite0", 32).state_dict()
+    save_file(theirs, tmp_path / "model.safetensors")
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", lambda *_, **__: str(tmp_path / "model.safetensors"))
+    small = "--data.image-size 32 --train.batch-size 8 --train.max-steps 2 --train.device cpu --train.precision fp32"
+    command = ["adapt", "--data.path", str(images), "--run.dir", str(tmp_path / "run"), *small.split()]
+    _, encoder = load_run(train.train(*train.parse(command)), "student")
+    changed = {name for name, value in encoder.backbone.state_dict().items() if not torch.equal(value, theirs[name])}
+    assert {name for name in theirs if "bn" not in name} == changed
 
 
 def test_what_is_said_of_the_normalisation_stays(tmp_path: Path) -> None:
@@ -257,11 +273,6 @@ def test_a_part_is_taken_only_where_that_is_asked_for() -> None:
     for name, value in encoder.backbone.state_dict().items():
         assert torch.equal(value, part.get(name, before[f"backbone.{name}"])), name
     assert fit(encoder.backbone, {}, "student").share == 0
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_classes(tmp_path_factory.mktemp("images") / "train", 12)
 
 
 def arguments(images: Path, folder: Path, *more: str) -> list[str]:
