@@ -109,6 +109,7 @@ def find_blueprint(
         candidates += [options | {"patch_size": patch} for options in candidates]
     if library == "torchvision":
         candidates = [torchvision_options(name)]
+    rebuilt: Blueprint | None = None
     for options in candidates:
         try:
             fresh = _library_model(library, name, options)
@@ -119,8 +120,10 @@ def find_blueprint(
         except Exception:  # whatever a third-party constructor or forward raises, this is not how to build it
             continue
         if features.shape == expected.shape and (features - expected).abs().max() <= TOLERANCE * expected.abs().max():
-            return blueprint
-    return None
+            if library == "torchvision" or not blueprint.edits:
+                return blueprint
+            rebuilt = rebuilt or blueprint  # other options may need no module in place of another
+    return rebuilt
 
 
 def _edits(library: str, fresh: nn.Module, backbone: nn.Module) -> dict[str, nn.Module]:
