@@ -149,13 +149,15 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 
 
 def first_rank_first(work: Callable[[], T]) -> T:
-    """Call `work` on rank 0, then on the others, which find what it left (a cache)."""
+    """Call `work` on rank 0, then on the others, which find what it left (a cache). Where it fails on rank 0, they meet
+    the same, each with one line, and do not wait for a rank that has gone."""
     if rank() != 0:
         barrier()
-    result = work()
-    if rank() == 0:
-        barrier()
-    return result
+    try:
+        return work()
+    finally:
+        if rank() == 0:
+            barrier()
 
 
 def barrier() -> None:

@@ -49,6 +49,18 @@ with distributed.process_group(torch.device("cpu")):
         os._exit(1)
 print(f"ranks {ranks} in attempt {attempt}")
 """
+FAILS_FIRST = """
+import torch
+from reco_fast import distributed
+def work():
+    raise ValueError("the same on each rank")
+with distributed.process_group(torch.device("cpu")):
+    try:
+        distributed.first_rank_first(work)
+    except ValueError as error:
+        print(f"{error} {distributed.rank()}", flush=True)
+    distributed.barrier()
+"""
 WRONG = """
 import os, time
 from reco_fast.errors import ConfigError
@@ -80,6 +92,13 @@ def test_ranks_find_each_other_after_one_of_them_was_lost(tmp_path: Path) -> Non
     done = torchrun("--max-restarts=1", tmp_path / "again.py")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("ranks [0, 1] in attempt 1") == 2
+
+
+def test_what_fails_on_the_first_rank_fails_on_the_others_too(tmp_path: Path) -> None:
+    (tmp_path / "fails.py").write_text(FAILS_FIRST)
+    done = torchrun(tmp_path / "fails.py")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("the same on each rank") == 2
 
 
 def test_a_mistake_is_the_first_and_the_last_thing_that_torchrun_shows(tmp_path: Path) -> None:
