@@ -49,6 +49,7 @@ ELSEWHERE = {
     "python3 -m venv .venv && .venv/bin/pip install -e '.[test,dali]' && .venv/bin/python -m pytest "
     "-n 3 --dist loadfile": ".ci/run",
     "python -m reco_fast.train adapt --data.path photos/ --run.dir runs/adapted": "tests/run/test_initial.py",
+    "reco-fast train adapt --data.path images/ --run.dir runs/adapted": "tests/run/test_initial.py",
     "tensorboard --logdir runs": "tests/profiling/test_trace.py",
     "sbatch --nodes 2 --gpus-per-node 4 examples/slurm.sbatch imagenet100 --data.path /data/train "
     "--run.dir /shared/mine": "tests/repository/test_examples_hosts.py",
