@@ -1,9 +1,11 @@
 """Weights to start from: every source, the names that tools give, what follows from them; and what is refused."""
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
+import tarfile
 import urllib.error
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,18 +15,21 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from safetensors.torch import save_file
+from image_sets import shared_folder
+from safetensors.torch import load_file, save_file
 from small_runs import SMALL, metrics, write_classes
+from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
 from reco_fast import embed, export, train
-from reco_fast.data import recipe
+from reco_fast.data import open_images, recipe
 from reco_fast.errors import ConfigError
+from reco_fast.evaluation.features import features_of
 from reco_fast.method.model import build_encoder
 from reco_fast.method.weights import fit, load_weights
 from reco_fast.run.initial import initial_student
 from reco_fast.run.run_folder import load_run
-from reco_fast.settings.config import Config, DataConfig, ModelConfig
+from reco_fast.settings.config import Config, DataConfig, ModelConfig, TrainConfig
 
 ARCH = "timm/test_resnet"
 Tensors = dict[str, Tensor]
@@ -306,6 +311,28 @@ def test_a_run_goes_on_from_another(old: Path, images: Path, tmp_path: Path, whi
     assert recorded["model"]["init"] == str(old)
     assert recorded["model"]["init_hash"] == started_from.model.init_hash
     assert len(started_from.model.init_hash or "") == 64
+
+
+def test_real_weights_name_real_photographs(tmp_path: Path) -> None:
+    """By the classifier in the file, behind our backbone, loader and normalisation."""
+    weights, photographs = (
+        shared_folder() / name for name in ("tf_efficientnet_lite0.safetensors", "imagenet-sample-jpeg.tar")
+    )
+    if not weights.exists() or not photographs.exists():
+        pytest.skip("needs the shared weights and photographs")
+    config, student = started(weights, 224, arch="timm/tf_efficientnet_lite0")
+    assert "294 of 294 tensors, 100 %" in student.notes[0]
+    with tarfile.open(photographs) as tar:
+        tar.extractall(tmp_path, filter="data")
+    data = dataclasses.replace(config.data, loader="torch", workers=1)
+    config = dataclasses.replace(config, data=data, train=TrainConfig(batch_size=50, precision="fp32"))
+    source = open_images(tmp_path, data)
+    found = features_of(student.backbone, source, config, torch.device("cpu"), count=60)
+    tensors = load_file(weights)
+    scores = found.features @ tensors["classifier.weight"].T + tensors["classifier.bias"]
+    names = [ImageNetInfo().index_to_label_name(index) for index in scores.argmax(dim=1).tolist()]
+    right = [Path(source.names[place]).name.startswith(name) for place, name in zip(found.places, names, strict=True)]
+    assert sum(right) >= 48  # 263 of all 300 are
 
 
 def test_a_run_of_another_network_is_refused(old: Path, images: Path, tmp_path: Path) -> None:
