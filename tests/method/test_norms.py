@@ -353,7 +353,7 @@ def test_whether_gradients_are_finite_is_one_operator_over_all_of_them(value: fl
     before = state.student.projector[2].bias.detach().clone()
     recorder = Recorder()
     with recorder:
-        skipped = _apply_gradients(state)
+        skipped = _apply_gradients(state, None)
     assert float(skipped) == (value != 1e38)
     assert torch.equal(state.student.projector[2].bias, before) == (value != 1e38)
     assert recorder.seen.count("_amp_foreach_non_finite_check_and_unscale_") == 1

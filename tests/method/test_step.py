@@ -159,7 +159,7 @@ def test_accumulated_parts_sum_to_the_gradient_of_the_batch() -> None:
     for parts in (1, 2):
         config = dataclasses.replace(
             CONFIG,
-            model=dataclasses.replace(CONFIG.model, arch="timm/test_convnext"),
+            model=dataclasses.replace(CONFIG.model, arch="timm/test_convnext", stem="standard"),
             train=dataclasses.replace(CONFIG.train, accumulate=parts),
         )
         state = build_state(config, CPU)
