@@ -43,6 +43,10 @@ SWEEP_K = (1, 5, 10, 20, 50, 100, 200, 500)
 SWEEP_TEMPERATURES = (0.03, 0.07, 0.1, 0.2, 1.0)
 
 
+OF_IMAGES = ("path", "val_path", "loader", "workers", "on_bad_image", "range")
+"""Settings of data that may be others than those of the run."""
+
+
 @dataclass(frozen=True)
 class EvaluateCommand(WithPaths):
     run_dir: tyro.conf.Positional[Path]
@@ -139,7 +143,15 @@ def are_own(given: DataConfig, run: Config, folder: Path) -> bool:
 
 def chosen_data(given: DataConfig, run: Config, *, own: bool) -> tuple[DataConfig, str]:
     """The run's images unless others are given: those of its evaluation where it has some apart, the held-out ones only
-    beside the run's own. And the flag that names the first."""
+    beside the run's own. And the flag that names the first. Raises ConfigError for what the network learned with and
+    nothing can change any more, such as the size of its images."""
+    for setting in dataclasses.fields(given):
+        value = getattr(given, setting.name)
+        if setting.name not in OF_IMAGES and value not in (setting.default, getattr(run.data, setting.name)):
+            raise ConfigError(
+                f"--data.{setting.name.replace('_', '-')}: expected that of the run, "
+                f"{getattr(run.data, setting.name)}, got {value}"
+            )
     apart = run.eval.train_path
     path: Path | None
     if given.path is None and apart is not None:
@@ -147,16 +159,12 @@ def chosen_data(given: DataConfig, run: Config, *, own: bool) -> tuple[DataConfi
     else:
         path, flag = given.path or run.data.path, "--data.path"
         own = own and (given.path is None or apart is None)
-    chosen = dataclasses.replace(
-        run.data,
-        path=path,
-        val_path=given.val_path or (run.data.val_path if own else None),
-        loader=given.loader,
-        workers=given.workers,
-        on_bad_image=given.on_bad_image,
-        range=given.range or run.data.range,
-    )
-    return chosen, flag
+    said = {name: getattr(given, name) for name in OF_IMAGES} | {
+        "path": path,
+        "val_path": given.val_path or (run.data.val_path if own else None),
+        "range": given.range or run.data.range,
+    }
+    return dataclasses.replace(run.data, **said), flag
 
 
 def clear_pictures(folder: Path) -> None:

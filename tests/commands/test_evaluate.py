@@ -209,6 +209,12 @@ def test_a_device_that_is_not_there_names_the_flag(
     assert "error: --device: expected cpu or auto" in refused(evaluate.main, odd_run / "run", "--device", "cuda")
 
 
+def test_what_the_network_learned_with_is_the_runs(odd_run: Path, refused: Callable[..., str]) -> None:
+    for flag, value, before in (("image-size", "48", "32"), ("std", "1 1 1", "None"), ("background", "red", "white")):
+        line = refused(evaluate.main, odd_run / "run", f"--data.{flag}", *value.split())
+        assert f"--data.{flag}: expected that of the run, {before}, got " in line
+
+
 def test_the_command_measures_and_draws(
     odd_run: Path, measure: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
