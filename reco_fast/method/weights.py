@@ -63,7 +63,8 @@ def _fit(backbone: nn.Module, weights: Mapping[str, Tensor], which: str) -> Fit:
 
     def quality(prefix: str) -> tuple[int, bool, int]:
         fitting = sum(parameters.get(name, 0) for name in found[prefix])
-        return fitting, (_TEACHERS.search(prefix) is not None) == (which == "teacher"), -len(prefix)
+        # Optimizers keep tensors of the same names and shapes, but none of the buffers.
+        return fitting, (_TEACHERS.search(prefix) is not None) == (which == "teacher"), len(found[prefix])
 
     prefix = max(found, key=quality, default="")
     behind = [name.removeprefix(prefix) for name in weights if name.startswith(prefix)]

@@ -335,6 +335,16 @@ def test_real_weights_name_real_photographs(tmp_path: Path) -> None:
     assert sum(right) >= 48  # 263 of all 300 are
 
 
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_a_checkpoint_is_a_file_of_weights(old: Path, tmp_path: Path, which: str) -> None:
+    """Which holds the optimizer's momentum under the same names too, here first of all."""
+    tensors = load_file(*(old / "checkpoints").glob("*.safetensors"))
+    torch.save({name: tensors[name] for name in sorted(tensors)}, tmp_path / "checkpoint.pth")
+    _, student = started(tmp_path / "checkpoint.pth", 32, init_which=which, projection_dim=16, projector="linear")
+    for name, value in load_run(old, which)[1].state_dict().items():
+        assert torch.equal(value, student.state_dict()[name]), name
+
+
 def test_a_run_of_another_network_is_refused(old: Path, images: Path, tmp_path: Path) -> None:
     extra = ("--model.init", str(old), "--model.arch", "resnet18")
     with pytest.raises(ConfigError, match=rf"^--model.arch: expected {ARCH}, as the run .* has, got resnet18$"):
