@@ -131,7 +131,14 @@ def load_run(folder: Path, which: str) -> tuple[Config, nn.Module]:
     if path is None:
         raise ConfigError(f"{folder}: expected a run with a checkpoint, got none in {folder / 'checkpoints'}")
     encoder = build_encoder(config.model, config.data.image_size)
-    checkpoint.load_encoder(path, encoder, which)
+    try:
+        checkpoint.load_encoder(path, encoder, which)
+    except ConfigError:
+        if config.model.stem != "auto":
+            raise
+        # Until 28 November 2026 that left patches as they were.
+        encoder = build_encoder(dataclasses.replace(config.model, stem="standard"), config.data.image_size)
+        checkpoint.load_encoder(path, encoder, which)
     return config, encoder
 
 

@@ -4,6 +4,7 @@ It was made of the images below: `timm/test_efficientnet` at 32 px, fp32 on a CP
 the checkpoint were then made coarse, so that the file packs well. The figures are what a5337e5 made of it.
 """
 
+import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_runs import metrics, write_classes
+from small_runs import SMALL, metrics, write_classes
 
 from reco_fast import evaluate, export, train
 from reco_fast.embed import embed_images
-from reco_fast.run.run_folder import read_config
+from reco_fast.run.run_folder import load_run, read_config
 
 LOSSES = {7: 10.736337661743164, 8: 10.542667388916016, 9: 12.053447723388672}
 FEATURES = [0.06338528, 0.05963726, 0.08236082, -0.10133561, 0.15814163]
@@ -54,3 +55,19 @@ def test_it_is_evaluated_embedded_and_exported(folder: Path, call: Callable[...,
     assert call(export.main, folder, "--format", "timm", "--output", "backbone.pth") == 0
     weights = torch.load("backbone.pth", weights_only=True)
     assert sum(value.numel() for value in weights.values()) > 90_000
+
+
+def test_a_transformer_of_whole_patches_is_loaded_as_it_was(cifar: Path, tmp_path: Path) -> None:
+    """Until 28 November 2026 --model.stem auto left patches as they were at any size."""
+    small = [*SMALL, "--model.arch", "timm/test_vit", "--train.max-steps", "1", "--data.workers", "1"]
+    run = train.train(
+        *train.parse(["quickstart", *small, "--data.path", str(cifar), "--run.dir", str(tmp_path / "run")])
+    )
+    _, expected = load_run(run, "student")
+    config = json.loads((run / "config.json").read_text())
+    assert config["model"]["stem"] == "standard"
+    config["model"]["stem"] = "auto"
+    (run / "config.json").write_text(json.dumps(config))
+    _, found = load_run(run, "student")
+    for (name, one), other in zip(expected.state_dict().items(), found.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
