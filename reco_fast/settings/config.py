@@ -5,6 +5,7 @@ A wrong value raises `ConfigError` with one line that names the flag, the value 
 
 import dataclasses
 import math
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -142,8 +143,10 @@ class ModelConfig:
     """Keep a transformer's patch embedding as it is (MoCo v3, arXiv 2104.02057, section 4)."""
 
     def __post_init__(self) -> None:
-        ok = self.freeze in ("nothing", "norms") or (self.freeze.isdecimal() and 1 <= int(self.freeze) <= 99)
-        _require(ok, "model.freeze", self.freeze, "nothing, norms or a number of stages from 1 up")
+        ok = self.freeze in ("nothing", "norms") or re.fullmatch("[1-9][0-9]?", self.freeze) is not None
+        _require(ok, "model.freeze", self.freeze, "nothing, norms or a number of stages from 1 to 99")
+        ok = self.init is None or (self.init != "" and "\0" not in self.init)
+        _require(ok, "model.init", repr(self.init), "timm, torchvision, a file or the folder of a run")
         ok = 8 <= self.projection_dim <= 65536
         _require(ok, "model.projection-dim", self.projection_dim, "a number from 8 to 65536")
         _require(self.norm_groups >= 2, "model.norm-groups", self.norm_groups, "2 or more")

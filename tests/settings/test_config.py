@@ -90,6 +90,13 @@ def test_what_depends_on_the_device_is_on_off_or_not_said(name: str, prefix: str
         (["--loss.mix-size", "24"], r"--loss\.mix-size: expected nothing with --loss\.mix-within, got 24"),
         (["--loss.mix-anchor", "query"], r"--loss\.mix-anchor: expected key with --loss\.mix-within, got query"),
         (["--model.teacher-momentum-end", "2"], r"--model\.teacher-momentum-end: expected 0 ≤ m ≤ 1, got 2"),
+        (["--model.freeze", "0"], r"--model\.freeze: expected nothing, norms or a number .* 99, got 0"),
+        (["--model.freeze", "9" * 5000], r"--model\.freeze: expected nothing, norms or a number of stages"),
+        (["--model.init", ""], r"--model\.init: expected timm, torchvision, a file or the folder of a run, got ''"),
+        (["--optim.clip", "0"], r"--optim\.clip: expected a number above 0, got 0"),
+        (["--data.std", "1", "1", "0"], r"--data\.std: expected three from 0\.001 to 2, got 1 1 0"),
+        (["--data.mean", "0", "0", "3"], r"--data\.mean: expected three numbers from -1 to 2, got 0 0 3"),
+        (["--data.mean", "0.5"], r"--data\.mean"),
         (["cifar100"], r"cifar100: expected a preset, one of quickstart"),
         (["quickstart", "extra"], r"extra"),
         (["--data.path"], r"--data\.path"),
@@ -121,8 +128,9 @@ def test_a_run_of_an_earlier_version_has_the_default_of_what_is_new() -> None:
         del values["data"][new]
     for new in ("keys", "mix_size", "mix_share", "start"):
         del values["loss"][new]
-    for new in ("teacher_momentum_end", "query_norm"):
+    for new in ("teacher_momentum_end", "query_norm", "init", "init_hash", "freeze", "freeze_patch_embed"):
         del values["model"][new]
+    del values["data"]["mean"], values["optim"]["clip"], values["train"]["checkpoint_activations"]
     assert Config.from_json(values) == Config()
 
 
