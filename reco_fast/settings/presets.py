@@ -115,7 +115,9 @@ PRESETS: dict[str, tuple[Config, str]] = {
 
         python -m reco_fast.train adapt --data.path photos/
 
-        @ADAPT@""",
+        5,000 CIFAR-10 images (JPEG) at 64 px for 6 epochs, one core of an AMD EPYC (torch 2.14, 2026-11-28): 327 and
+        260 s; kNN top-1 of the test images from 55.8 to 65.0 and 65.7 %, linear probe from 65.5 to 72.5 and 72.3 %
+        (seeds 0 and 1). Photographs at 224 px have not been tried.""",
     ),
     "vit-small": (
         VIT_SMALL,
