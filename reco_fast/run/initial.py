@@ -129,10 +129,12 @@ def _of_timm(arch: str, tag: str, config: Config) -> Weights:
         raise ConfigError(
             f"--model.init: expected one of timm's weights for {arch} ({has}), got timm:{tag or 'DEFAULT'}"
         )
-    with _fetched(f"https://huggingface.co/timm/{arch}.{tag or tags[0]}"):
-        model = timm_backbone(f"{arch}.{tag}" if tag else arch, config.data.image_size, pretrained=True)
-    known: Any = model.pretrained_cfg
-    return Weights(model.state_dict(), tuple(known["mean"]), tuple(known["std"]))
+    name = f"{arch}.{tag}" if tag else arch
+    known: Any = timm.models.get_pretrained_cfg(name)
+    hub = f"https://huggingface.co/{known.hf_hub_id}/resolve/main/model.safetensors"
+    with _fetched(hub if known.hf_hub_id else known.url):
+        model = timm_backbone(name, config.data.image_size, pretrained=True)
+    return Weights(model.state_dict(), tuple(known.mean), tuple(known.std))
 
 
 def _of_torchvision(arch: str, name: str) -> Weights:
@@ -157,8 +159,8 @@ def _fetched(place: str) -> Iterator[None]:
     except Exception as error:  # these libraries raise many types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"--model.init: expected weights from {place} or in the cache, got: {reason}; without a network, put that "
-            "file here and give its path"
+            f"--model.init: expected weights from {place} or in the cache, got: {reason}; without a network, bring "
+            "that file here and give its path"
         ) from None
 
 

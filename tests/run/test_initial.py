@@ -254,7 +254,11 @@ def test_what_libraries_do_not_have_is_one_line(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("timm.models._hub.hf_hub_download", offline)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
     for source, arch, expected in (
-        ("timm", ARCH, r"https://huggingface.co/timm/test_resnet.r160_in1k .*Name or service.* give its path$"),
+        (
+            "timm",
+            ARCH,
+            r"huggingface.co/timm/test_resnet.r160_in1k/resolve/main/model.safetensors .*Name or service.* its path$",
+        ),
         ("torchvision", "resnet18", r"https://download.pytorch.org/models/resnet18-\w+.pth .*Name or service"),
         ("timm:nope", ARCH, r"expected one of timm's weights for test_resnet \(r160_in1k\), got timm:nope$"),
         ("torchvision:nope", "resnet18", r"\(IMAGENET1K_V1, DEFAULT\), got torchvision:nope$"),
