@@ -125,8 +125,9 @@ PRESETS: dict[str, tuple[Config, str]] = {
 
         torchrun --standalone --nproc-per-node 4 -m reco_fast.train vit-small --data.path imagenet/train
 
-        Not yet run to its end: no accuracy to expect is known. ViT-Tiny with patches of 4 px on 5,000 CIFAR-10 images at 32
-        px, --optim.lr 0.004, 13 minutes of one core of an AMD EPYC: kNN top-1 from 25.8 to 29.9 % (docs/weights.md).""",
+        Not yet run to its end: no accuracy to expect is known. ViT-Tiny with patches of 4 px on 5,000 CIFAR-10 images
+        at 32 px, --optim.lr 0.004, 13 minutes of one core of an AMD EPYC: kNN top-1 from 25.8 to 29.9 %
+        (docs/weights.md).""",
     ),
     "imagenet100": (
         IMAGENET100,
