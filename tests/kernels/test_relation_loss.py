@@ -129,7 +129,7 @@ def test_weights_and_ratios(global_weight: Any, local_weight: Any, mix_ratio: An
     check(fused, problem)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", list(KINDS)[: None if HAS_GPU else 3])
 def test_no_worse_than_eager_autocast(kind: str) -> None:
     """By the quadratic mean over four draws: in one of a few rows, errors may cancel."""
 
