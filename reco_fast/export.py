@@ -26,7 +26,7 @@ from reco_fast.run.run_folder import load_run
 from reco_fast.settings import command_line
 from reco_fast.settings.config import Config
 from reco_fast.settings.terminal import say
-from reco_fast.settings.typed import WithPaths
+from reco_fast.settings.typed import WithPaths, first_line
 
 Format = Literal["safetensors", "torchvision", "timm", "onnx"]
 SUFFIXES: dict[str, tuple[str, ...]] = {
@@ -251,8 +251,9 @@ def write_onnx(backbone: nn.Module, config: Config, path: Path) -> None:
             verbose=False,
         )
     except Exception as error:  # the exporter raises many types for an operation that it does not know
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"--format onnx: {config.model.arch} cannot be written as ONNX: {reason}") from None
+        raise ConfigError(
+            f"--format onnx: {config.model.arch} cannot be written as ONNX: {first_line(error)}"
+        ) from None
     assert program is not None
     program.save(path, external_data=False)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from reco_fast.errors import ConfigError
 from reco_fast.settings.config import ModelConfig
+from reco_fast.settings.typed import first_line
 
 SMALL_IMAGE = 64  # up to this side in pixels, a stem that divides the resolution by 4 leaves too little
 
@@ -50,7 +51,7 @@ def build_encoder(config: ModelConfig, image_size: int) -> Encoder:
         except Exception as error:  # whatever a third-party backbone raises, the user's mistake is the pairing
             if not changed:
                 raise _misfit(config.arch, image_size, error) from None
-            refused = _first_line(error)
+            refused = first_line(error)
     if refused and config.stem == "small":
         raise ConfigError(
             f"--model.stem: expected auto or standard for {config.arch} at {image_size} px, got small ({refused})"
@@ -74,7 +75,7 @@ def check_other_sizes(encoder: Encoder, arch: str, size: int, others: Mapping[st
             except Exception as error:  # as in `build_encoder`
                 raise ConfigError(
                     f"--{flag}: expected a size that {arch} takes when it is built for {size} px, got {side} "
-                    f"({_first_line(error)})"
+                    f"({first_line(error)})"
                 ) from None
 
 
@@ -119,11 +120,7 @@ def channels_last(module: nn.Module) -> nn.Module:
 
 
 def _misfit(arch: str, size: int, error: Exception) -> ConfigError:
-    return ConfigError(f"--model.arch {arch} cannot take {size} px images: {_first_line(error)}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ConfigError(f"--model.arch {arch} cannot take {size} px images: {first_line(error)}")
 
 
 def torchvision_options(name: str) -> dict[str, Any]:

@@ -79,7 +79,8 @@ def recompute_blocks(encoder: nn.Module, arch: str) -> bool:
         raise ConfigError(f"--train.checkpoint-activations: expected a backbone of repeated blocks, got {arch}")
     for block in blocks:
         block.__class__ = _recomputed(block.__class__)
-    return any(_draws(block) for block in blocks)
+        block.draws = _draws(block)
+    return any(block.draws for block in blocks)
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
@@ -110,8 +111,11 @@ def _draws(block: nn.Module) -> bool:
 class _Recomputed(nn.Module):
     """A block whose forward pass the backward pass runs again."""
 
+    draws: bool
+    """Whether it needs the same random state then."""
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": _draws(self)}
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": self.draws}
         if not torch.compiler.is_compiling():  # a compiler knows that averages are no activations
             options["context_fn"] = lambda: (contextlib.nullcontext(), _averages_aside(self))
         args, kwargs = pytree.tree_map(lambda each: each, (args, kwargs))  # DenseNet appends to a list that it gives

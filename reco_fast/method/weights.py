@@ -67,13 +67,8 @@ def _fit(backbone: nn.Module, weights: Mapping[str, Tensor], which: str) -> Fit:
         return fitting, (_TEACHERS.search(prefix) is not None) == (which == "teacher"), len(found[prefix])
 
     prefix = max(found, key=quality, default="")
-    behind = [name.removeprefix(prefix) for name in weights if name.startswith(prefix)]
-    return Fit(
-        found[prefix],
-        prefix,
-        quality(prefix)[0] / sum(parameters.values()),
-        [name for name in behind if name not in spellings],
-    )
+    unused = [name for name in _behind(prefix, weights) if name not in spellings]
+    return Fit(found[prefix], prefix, quality(prefix)[0] / sum(parameters.values()), unused)
 
 
 def _renamed(name: str, children: Mapping[str, str]) -> str:
@@ -88,6 +83,11 @@ def _splits(name: str) -> Iterator[tuple[str, str]]:
         yield name[: dot.end()], name[dot.end() :]
 
 
+def _behind(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What begins with `prefix`, by the rest of its name."""
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
 def _fits(value: Tensor, place: Tensor) -> bool:
     return value.shape == place.shape and value.is_floating_point() == place.is_floating_point()
 
@@ -98,10 +98,10 @@ def _by_timm(backbone: nn.Module, best: Fit, weights: Mapping[str, Tensor]) -> d
     translate = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
     if not type(backbone).__module__.startswith("timm.") or translate is None:
         return None
-    stripped = {n.removeprefix(best.prefix): value for n, value in weights.items() if n.startswith(best.prefix)}
     given: dict[str, Any] = {"model": backbone} if "model" in inspect.signature(translate).parameters else {}
     try:
-        return {name: value for name, value in translate(stripped, **given).items() if isinstance(value, Tensor)}
+        translated = translate(_behind(best.prefix, weights), **given)
+        return {name: value for name, value in translated.items() if isinstance(value, Tensor)}
     except Exception:  # of a layout that it does not know either
         return None
 
@@ -114,9 +114,7 @@ def load_weights(encoder: Encoder, weights: Mapping[str, Tensor], config: ModelC
     """
     backbone = encoder.backbone
     fitting = fit(backbone, weights, config.init_which)
-    missing = [name for name in backbone.state_dict() if name not in fitting.found]
-    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
-    line = _line(backbone, fitting, missing, weights)
+    line = _line(backbone, fitting, _behind(fitting.prefix, weights))
     if not fitting.found or (fitting.share < ENOUGH and not config.init_partial):
         raise ConfigError(
             f"--model.init {config.init}: expected weights of {config.arch} ({ENOUGH:.0%} of its parameters, or any "
@@ -135,13 +133,13 @@ def load_weights(encoder: Encoder, weights: Mapping[str, Tensor], config: ModelC
     return f"starts from {config.init}: {line}; {'the projector too' if whole else 'the projector is new'}"
 
 
-def _line(backbone: nn.Module, fitting: Fit, missing: list[str], weights: Mapping[str, Tensor]) -> str:
+def _line(backbone: nn.Module, fitting: Fit, there: Mapping[str, Tensor]) -> str:
+    """How much fits, and what does not; `there`: what stands behind the same words."""
     ours = backbone.state_dict()
-    held = len(ours) - sum(name not in fitting.found for name in ours)
-    line = f"{held} of {len(ours)} tensors, {_percent(fitting.share)} of the parameters"
+    line = f"{len(fitting.found)} of {len(ours)} tensors, {_percent(fitting.share)} of the parameters"
     if fitting.prefix:
         line += f", behind {fitting.prefix.removesuffix('.')}"
-    there = {n.removeprefix(fitting.prefix): value for n, value in weights.items() if n.startswith(fitting.prefix)}
+    missing = [n for n in ours if n not in fitting.found and not n.endswith("num_batches_tracked")]
     other = [f"{n} (there {_shape(there[n])}, here {_shape(ours[n])})" for n in missing if n in there]
     absent = [name for name in missing if name not in there]
     for what, names in (("of another shape", other), ("not there", absent), ("not used", fitting.unused)):

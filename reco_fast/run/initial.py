@@ -23,7 +23,7 @@ from reco_fast.method.weights import digest, fit, load_weights
 from reco_fast.pipelines.augmentations import evaluation_recipe
 from reco_fast.run import checkpoint, run_folder
 from reco_fast.settings.config import Colour, Config
-from reco_fast.settings.typed import at_home
+from reco_fast.settings.typed import at_home, first_line
 
 Stem = Literal["auto", "small", "standard"]
 DEEPEST = 4  # dictionaries in one another that tensors are looked for in; a file may hold one that holds itself
@@ -65,7 +65,9 @@ def initial_student(config: Config) -> tuple[Config, Encoder | None]:
 def _begun(config: Config) -> Config | None:
     """The configuration of the run that --run.dir holds, if it is to be continued and began with the same weights."""
     folder, model = config.run.dir, config.model
-    if folder is None or config.run.resume == "never" or checkpoint.latest(folder / "checkpoints") is None:
+    if folder is None or config.run.resume == "never" or not (folder / "config.json").exists():
+        return None
+    if checkpoint.latest(folder / "checkpoints") is None:
         return None
     before = run_folder.read_config(folder)
     same = before.model.init == model.init and model.init_hash in (None, before.model.init_hash)
@@ -157,10 +159,9 @@ def _fetched(place: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # these libraries raise many types
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"--model.init: expected weights from {place} or in the cache, got: {reason}; without a network, bring "
-            "that file here and give its path"
+            f"--model.init: expected weights from {place} or in the cache, got: {first_line(error)}; without a "
+            "network, bring that file here and give its path"
         ) from None
 
 

@@ -46,6 +46,11 @@ def one_line(text: str) -> str:
     return CONTROLS.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
 
 
+def first_line(error: Exception) -> str:
+    """What somebody else's library says, in one line: its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def as_dataclass(kind: type[T], values: object) -> T:
     """An instance of the dataclass `kind` from a JSON object with exactly its fields, each of its declared type (a
     dataclass in it is made in the same way).

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize(("check", "count"), [("commands", 6), ("folders", 5)])
+@pytest.mark.parametrize(("check", "count"), [("commands", 14), ("folders", 10)])
 def test_mistakes_and_damage_end_in_a_run_or_in_one_line(check: str, count: int) -> None:
     script = Path(__file__).with_name("mistakes.py")
     line = [sys.executable, str(script), check, "--count", str(count)]

@@ -89,10 +89,8 @@ def test_a_named_folder_with_another_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--data\.weak-size is None there and 24 now"):
         run_folder.choose(smaller, "p")
     # How fast and how long may differ; what is learned may not.
-    assert run_folder.choose(at(tmp_path, seed=1, max_steps=3, device="cpu"), "p") == (
-        tmp_path,
-        None,
-    )
+    how = at(tmp_path, seed=1, max_steps=3, device="cpu", checkpoint_activations=True)
+    assert run_folder.choose(how, "p") == (tmp_path, None)
 
 
 @pytest.mark.parametrize("place", ["/proc/reco_fast", "a file"])
