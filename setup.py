@@ -31,6 +31,7 @@ PLACES = {  # of what stands at the top of a checkout
         "pipelines",
         "pipelines/sources",
         "pipelines/bad_images",
+        "pipelines/stores",
         "profiling",
         "profiling/benchmarks",
     )

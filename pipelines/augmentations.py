@@ -176,7 +176,7 @@ _CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 _SINGLE = range(_Field.CROP_LEFT + 1)
 _PROPOSALS = [field + attempt for field in (_Field.CROP_AREA, _Field.CROP_ASPECT) for attempt in range(_CROP_ATTEMPTS)]
 _DRAWN = np.array([*_SINGLE, *_PROPOSALS])[:, None]  # a single field's row is its number, the proposals' are the last
-_VIEWS, _ORDER, _STAND_INS = 0, 1, 2  # what a draw is for
+_VIEWS, _ORDER, _STAND_INS, _PART = 0, 1, 2, 3  # what a draw is for
 
 
 def sample_parameters(
@@ -263,9 +263,12 @@ def _central_square(
     return (heights - side) // 2, (widths - side) // 2, side, side
 
 
-def random_permutation(length: int, seed: int, epoch: int) -> Int64Array:
-    """A uniform permutation of `length`, [length] int64: the places of sorted random numbers. It depends on the
-    arguments alone, so a run may be resumed with another NumPy, whose own generators are free to change."""
+def random_permutation(length: int, seed: int, epoch: int, *part: int) -> Int64Array:
+    """A uniform permutation of `length`, [length] int64, for an epoch or a part of it: the places of sorted random
+    numbers. It depends on the arguments alone, so a run may be resumed with another NumPy, whose own generators are
+    free to change."""
+    for number in part:
+        seed = int(_hash(seed, _PART, number, np.zeros(1, np.int64))[0])
     return np.argsort(_hash(seed, _ORDER, epoch, np.arange(length, dtype=np.int64)), kind="stable").astype(np.int64)
 
 

@@ -14,7 +14,7 @@ from reco_fast.pipelines.sources import kinds
 from reco_fast.pipelines.sources.image_source import ImageSource, stamp_of
 from reco_fast.pipelines.sources.kinds import NOW, PassedOver, Rules
 from reco_fast.pipelines.sources.labels import by_folder
-from reco_fast.pipelines.sources.shards import TarSource
+from reco_fast.pipelines.sources.shards import open_shards
 
 
 def _without_waiting(path: str, flags: int) -> int:
@@ -64,7 +64,8 @@ def open_folder(root: Path, rules: Rules = NOW) -> ImageSource:
         source.passed_over = listing.passed_over
         return source
     if listing.shards:
-        source = TarSource([root / name for name in sorted(listing.shards)], root, rules)
+        shards = sorted(listing.shards)
+        source = open_shards([os.fspath(root / name) for name in shards], shards, rules)
         source.unreadable |= listing.unreadable
         source.passed_over.include(listing.passed_over)
         return source

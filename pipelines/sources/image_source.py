@@ -22,8 +22,15 @@ class PackedNames(Sequence[str]):
 
     def __init__(self, names: Sequence[str]) -> None:
         encoded = [os.fsencode(name) for name in names]  # file names need not be valid UTF-8
-        self._letters = b"".join(encoded)
+        self._letters: bytes | bytearray = b"".join(encoded)
         self._ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+
+    @classmethod
+    def of(cls, letters: bytearray, ends: NDArray[np.int64]) -> "PackedNames":
+        """All names one behind the other, and where each ends, after a 0."""
+        packed = cls([])
+        packed._letters, packed._ends = letters, ends
+        return packed
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -36,12 +43,12 @@ class PackedNames(Sequence[str]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]
-        return os.fsdecode(self._letters[self._ends[index] : self._ends[index + 1]])
+        return os.fsdecode(bytes(self._letters[self._ends[index] : self._ends[index + 1]]))
 
     def __iter__(self) -> Iterator[str]:
         for first in range(0, len(self), 4096):
             for start, end in pairwise(self._ends[first : first + 4097].tolist()):
-                yield os.fsdecode(self._letters[start:end])
+                yield os.fsdecode(bytes(self._letters[start:end]))
 
     def find(self, wanted: Iterable[str]) -> dict[str, list[int]]:
         """All places, ascending, of each of the `wanted` names that is here: one pass, whatever the order."""
@@ -53,7 +60,9 @@ class PackedNames(Sequence[str]):
         return dict(places)
 
     def digest(self) -> bytes:
-        return hashlib.sha256(self._letters + self._ends.tobytes()).digest()
+        digest = hashlib.sha256(self._letters)
+        digest.update(self._ends)
+        return digest.digest()
 
 
 class ImageSource(ABC):
@@ -82,7 +91,7 @@ class ImageSource(ABC):
     """What loaders have to say of images that they use all the same."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        self.names = PackedNames(names)
+        self.names = names if isinstance(names, PackedNames) else PackedNames(names)
         self.labels = None
         self.classes = []
         self.unlabelled = "nothing says of which class an image is"

@@ -93,15 +93,14 @@ class PassedOver:
     def __init__(self) -> None:
         self.kinds: dict[str, tuple[int, str]] = {}
 
-    def add(self, kind: str, name: str) -> None:
-        """`kind`: a suffix, a folder's name with a slash, or words; `name`: a path below the opened one."""
-        count, example = self.kinds.get(kind, (0, name))
-        self.kinds[kind] = count + 1, example
+    def add(self, kind: str, name: str, count: int = 1) -> None:
+        """`kind`: a suffix, a folder's name with a slash, or words; `name`: of one, a path below the opened one."""
+        before, example = self.kinds.get(kind, (0, name))
+        self.kinds[kind] = before + count, example
 
     def include(self, other: "PassedOver") -> None:
         for kind, (count, example) in other.kinds.items():
-            before, first = self.kinds.get(kind, (0, example))
-            self.kinds[kind] = before + count, first
+            self.add(kind, example, count)
 
     def line(self) -> str:
         """All in one line for a person, what might be missed first; "" where there is nothing."""

@@ -1,5 +1,6 @@
 """Classes of images, by their folders or by what is written beside them; or why there are none."""
 
+import sys
 from collections.abc import Sequence
 from itertools import takewhile
 from typing import NamedTuple
@@ -27,21 +28,23 @@ def first_few(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
 
 
-def by_folder(names: Sequence[str], *, inside: bool = False) -> Labels:
+def by_folder(names: Sequence[str], *, folders: Sequence[str] | None = None, inside: bool = False) -> Labels:
     """The folders of the first level are the classes, where every image is in one and there are two or more. With
-    `inside`, of the first level at which the names differ: all may lie inside other folders."""
-    where = [name.rpartition("/")[0] for name in names]
+    `inside`, of the first level at which they differ: all may lie inside other folders. `folders`: of each image,
+    unless those of its name are meant."""
+    where = [sys.intern(name.rpartition("/")[0]) for name in names] if folders is None else folders
     parts = {folder: [part for part in folder.split("/") if part not in ("", ".")] for folder in set(where)}
     level = _shared_level(min(parts.values()), max(parts.values())) if inside else 0
     class_of = {folder: each[level] if len(each) > level else None for folder, each in parts.items()}
     found = sorted({name for name in class_of.values() if name is not None})
-    stray = [name for name, folder in zip(names, where, strict=True) if class_of[folder] is None]
     if not found:
         return unlabelled(f"all {len(names):,} lie in one folder")
+    stray = [place for place, folder in enumerate(where) if class_of[folder] is None]
+    first = names[stray[0]] if stray else ""
     if len(stray) > max(3, len(names) // 100) or (stray and len(found) == 1):
-        return unlabelled(f"{len(stray):,} of {len(names):,} lie in no folder, e.g. {stray[0]}")
+        return unlabelled(f"{len(stray):,} of {len(names):,} lie in no folder, e.g. {first}")
     if stray:
-        those = f"{stray[0]} lies" if len(stray) == 1 else f"{stray[0]} and {len(stray) - 1:,} more lie"
+        those = f"{first} lies" if len(stray) == 1 else f"{first} and {len(stray) - 1:,} more lie"
         return unlabelled(f"{those} {BESIDE} ({first_few(found)})")
     if len(found) == 1:
         deeper = sorted({each[1] for each in parts.values() if len(each) > 1})
@@ -49,7 +52,8 @@ def by_folder(names: Sequence[str], *, inside: bool = False) -> Labels:
             return unlabelled(f"all {len(names):,} lie in the folder {found[0]}")
         return unlabelled(f"all lie in {found[0]}, which holds the folders {first_few(deeper)}: give {found[0]} itself")
     numbers = {name: number for number, name in enumerate(found)}
-    return Labels(np.array([numbers[class_of[folder] or ""] for folder in where], np.int64), found, "")
+    found_numbers = np.fromiter((numbers[class_of[folder] or ""] for folder in where), np.int64, len(where))
+    return Labels(found_numbers, found, "")
 
 
 def _shared_level(first: list[str], last: list[str]) -> int:
@@ -74,4 +78,4 @@ def by_text(names: Sequence[str], texts: Sequence[str | None]) -> Labels:
     else:
         classes = sorted(found)
         numbers = {text: number for number, text in enumerate(classes)}
-    return Labels(np.array([numbers[text or ""] for text in texts], np.int64), classes, "")
+    return Labels(np.fromiter((numbers[text or ""] for text in texts), np.int64, len(texts)), classes, "")

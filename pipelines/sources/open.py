@@ -11,7 +11,7 @@ from reco_fast.errors import DataError
 from reco_fast.pipelines.sources.folders import open_folder
 from reco_fast.pipelines.sources.image_source import ImageSource
 from reco_fast.pipelines.sources.kinds import NOW, Rules
-from reco_fast.pipelines.sources.shards import TarSource
+from reco_fast.pipelines.sources.shards import open_shards
 
 
 def open_source(path: str | os.PathLike[str], rules: Rules = NOW) -> ImageSource:
@@ -33,7 +33,7 @@ def open_source(path: str | os.PathLike[str], rules: Rules = NOW) -> ImageSource
     if place.is_file():
         if place.suffix.lower() != ".tar":
             raise DataError(f"{text}: expected a folder of images or uncompressed .tar shards, got a file")
-        return TarSource([place], rules=rules)
+        return open_shards([os.fspath(place)], [place.name], rules)
     if has_magic(text) or re.search(r"\{.*\}", text):
         shards = sorted(_expand(os.path.expanduser(text)))
         if not shards:
@@ -41,7 +41,7 @@ def open_source(path: str | os.PathLike[str], rules: Rules = NOW) -> ImageSource
         for shard in shards:
             if not shard.is_file():
                 raise DataError(f"{shard}: expected a .tar file, there is none")
-        return TarSource(shards, rules=rules)
+        return open_shards([os.fspath(shard) for shard in shards], [shard.name for shard in shards], rules)
     from reco_fast.pipelines.sources.named import DATA_SETS, open_named
 
     name, _, split = text.partition(":")

@@ -100,7 +100,7 @@ def test_folders_inside_a_shard_are_classes(tmp_path: Path, names: tuple[str, ..
     [
         (("1.jpg", "2.jpg"), "no .cls members, and all 2 lie in one folder"),
         (("cat/1.jpg", "cat/2.jpg"), "no .cls members, and all 2 lie in one folder"),
-        (("cat/1.jpg", "dog/2.jpg", "s.jpg"), "no .cls members, and s.jpg lies beside the folders (cat, dog)"),
+        (("cat/1.jpg", "dog/2.jpg", "s.jpg"), "no .cls members, and s.tar/s.jpg lies beside the folders (cat, dog)"),
     ],
 )
 def test_a_shard_without_labels_says_why(tmp_path: Path, names: tuple[str, ...], reason: str) -> None:
