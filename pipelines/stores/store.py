@@ -16,6 +16,7 @@ import fsspec
 import fsspec.asyn
 
 from reco_fast.errors import DataError
+from reco_fast.pipelines.stores.where import is_url
 
 T = TypeVar("T")
 PATIENCE = 300.0  # seconds in which a store may come back
@@ -43,10 +44,6 @@ class Lost(OSError):
 
     def __init__(self, reason: str) -> None:
         super().__init__(5, reason)  # EIO
-
-
-def is_url(text: str) -> bool:
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) is not None
 
 
 def check_url(url: str) -> None:
