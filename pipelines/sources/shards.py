@@ -47,9 +47,7 @@ class TarSource(ImageSource):
         contents: for each the name with which those of its images begin, and what is inside; read one by one.
     """
 
-    def __init__(
-        self, shards: list[str], contents: Iterable[tuple[str, ShardContent]], rules: Rules = NOW
-    ) -> None:
+    def __init__(self, shards: list[str], contents: Iterable[tuple[str, ShardContent]], rules: Rules = NOW) -> None:
         self.shards = shards
         unreadable: dict[str, str] = {}
         passed_over, aside = PassedOver(), PassedOver()

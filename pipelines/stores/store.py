@@ -5,6 +5,7 @@ is refused and never repeated.
 """
 
 import asyncio
+import contextlib
 import random
 import re
 import time
@@ -59,7 +60,9 @@ def check_url(url: str) -> None:
     except ImportError as error:
         raise DataError(f"{url}: {_line(error)}; pip install 'reco-fast[cloud]'") from None
     except ValueError as error:
-        raise DataError(f"{url}: expected s3://, gs://, https:// or another store of fsspec's, got {_line(error)}") from None
+        raise DataError(
+            f"{url}: expected s3://, gs://, https:// or another store of fsspec's, got {_line(error)}"
+        ) from None
 
 
 _WHERE = "credentials come from the environment (for s3 AWS_PROFILE, or what fsspec reads: FSSPEC_HTTPS_CLIENT_KWARGS)"
@@ -116,10 +119,8 @@ def upload(local: str, url: str) -> None:
 
 def remove(url: str) -> None:
     """Nothing where there is none."""
-    try:
+    with contextlib.suppress(Lost):
         _patiently(url, lambda fs, path: _call(fs, "rm_file", path))
-    except Lost:
-        pass
 
 
 def listing(url: str) -> dict[str, Stat]:
@@ -236,7 +237,9 @@ def _status(error: BaseException | None) -> int | None:
         response = getattr(error, "response", None)
         if isinstance(response, dict):  # botocore
             return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) or None
-        for value in (getattr(error, "status", None), getattr(error, "code", None)):  # aiohttp, gcsfs
+        # aiohttp has it as `status`; its errors with a `code`, 400, are of a body that was cut off.
+        names = ("status",) if type(error).__module__.startswith("aiohttp") else ("status", "code")  # gcsfs
+        for value in (getattr(error, name, None) for name in names):
             if isinstance(value, int) and 100 <= value < 600:
                 return value
         value = getattr(response, "status_code", None)  # requests, huggingface_hub

@@ -95,6 +95,7 @@ def test_a_room_holds_twelve_files_at_most() -> None:
 
 
 EACH_SCRIPT_HAS_ITS_OWN = {"main", "parse", "run", "check", "measure", "table", "markdown", "plot"}
+SAID_WITH_ITS_MODULE = {"read"}  # checkpoint.read, store.read
 
 
 def test_a_name_means_one_thing() -> None:
@@ -104,7 +105,7 @@ def test_a_name_means_one_thing() -> None:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
                 places[node.name].append(module)
     doubled = {name: where for name, where in places.items() if len(where) > 1}
-    assert set(doubled) <= EACH_SCRIPT_HAS_ITS_OWN, doubled
+    assert set(doubled) <= EACH_SCRIPT_HAS_ITS_OWN | SAID_WITH_ITS_MODULE, doubled
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/use.md", "docs/profiling.md"])
