@@ -21,6 +21,7 @@ from reco_fast.pipelines.stores.where import is_url
 
 T = TypeVar("T")
 PATIENCE = 300.0  # seconds in which a store may come back
+FIRST_PATIENCE = 20.0  # seconds for one that has never answered: its name may be a mistake
 ANSWER = 60.0  # seconds for one answer: of 16 MB, below 0.3 MB/s
 FIRST_WAIT, LONGEST_WAIT = 0.25, 15.0  # seconds between two tries
 _AT_ONCE = 32  # questions
@@ -30,6 +31,7 @@ _LATER = frozenset({408, 425, 429})  # of 400 to 499, what may succeed when it i
 _NO_CREDENTIALS = frozenset(
     "NoCredentialsError PartialCredentialsError NoAuthTokenError DefaultCredentialsError RefreshError".split()
 )
+_answered: set[str] = set()  # stores
 _jitter = random.Random()  # not Python's own generator, whose state is the user's
 
 
@@ -196,10 +198,14 @@ def _patiently(url: str, ask: Callable[[Any, str], T]) -> T:
         Lost: there is no such file, or the store fails whenever it is asked for it.
         DataError: we have no right to it, or the store does not answer.
     """
-    give_up = time.monotonic() + PATIENCE
+    name = "/".join(url.split("/", 3)[:3])
+    patience = PATIENCE if name in _answered else min(PATIENCE, FIRST_PATIENCE)
+    give_up = time.monotonic() + patience
     for wait in _waits():
         try:
-            return ask(*_filesystem(url))
+            answer = ask(*_filesystem(url))
+            _answered.add(name)
+            return answer
         except (Lost, DataError):
             raise
         except (TypeError, AttributeError, ImportError, NotImplementedError):  # a fault, or not what this store can do
@@ -208,14 +214,16 @@ def _patiently(url: str, ask: Callable[[Any, str], T]) -> T:
             status = _status(error)
             if status in _NO_RIGHT or isinstance(error, PermissionError) or type(error).__name__ in _NO_CREDENTIALS:
                 raise DataError(f"{url}: expected to be let in, the store answers: {_line(error)}; {_WHERE}") from None
-            missing = isinstance(error, FileNotFoundError) if status is None else 400 <= status < 500
+            # fsspec calls a file of a web server missing whatever went wrong when it asked for it.
+            absent = isinstance(error, FileNotFoundError) and error.__cause__ is None
+            missing = absent if status is None else 400 <= status < 500
             if missing and status not in _LATER:
                 raise Lost("there is no such file in the store" if status in (None, 404) else _line(error)) from None
             if time.monotonic() + wait > give_up:
                 if status is not None:
-                    raise Lost(f"the store fails for {PATIENCE:g} seconds: {_line(error)}") from None
+                    raise Lost(f"the store fails for {patience:g} seconds: {_line(error)}") from None
                 raise DataError(
-                    f"{url}: expected a store that answers, none did in {PATIENCE:g} seconds ({_line(error)}); the "
+                    f"{url}: expected a store that answers, none did in {patience:g} seconds ({_line(error)}); the "
                     "same command goes on"
                 ) from None
         time.sleep(wait)
