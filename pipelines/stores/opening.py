@@ -193,7 +193,8 @@ def indexed(shards: Sequence[IndexedShard], rules: Rules, cache: ShardCache, sto
     (cache.folder / "index").mkdir(exist_ok=True)
     missing = [shard for shard in known if shard.content is None and not _kept(cache, shard).is_file()]
     done, told = 0, time.monotonic()
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
+    largest = max((shard.stat.size for shard in missing if shard.stat), default=0)
+    with ThreadPoolExecutor(max(1, min(_AT_ONCE, cache.limit // max(largest, 1)))) as pool:
         for _ in pool.map(lambda shard: _index(shard, rules, cache), missing):
             done += 1
             if time.monotonic() - told > _TELL:
