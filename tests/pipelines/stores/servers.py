@@ -4,8 +4,8 @@
         server.delay, server.rate = 0.05, 100e6
         server.fail("*/3.tar", 500, times=2)
 
-The fixture `s3` of conftest.py gives an `S3Server`, one for all tests of a process. For a benchmark, which a server in a
-thread of its process would disturb, there is `served_apart`, and by hand, with the URL as the first line of output,
+The fixture `s3` of conftest.py gives an `S3Server`, one for all tests of a process. For a benchmark, which a server in
+a thread of its process would disturb, there is `served_apart`, and by hand, with the URL as the first line of output,
 
     python tests/pipelines/stores/servers.py FOLDER --delay 0.05 --rate 100e6
 
