@@ -14,6 +14,7 @@ from reco_fast.errors import DataError
 from reco_fast.pipelines.augmentations import stand_ins
 from reco_fast.pipelines.bad_images.journal import Journal
 from reco_fast.pipelines.images import BadImage, ppm_header, to_plain
+from reco_fast.pipelines.order import Order
 from reco_fast.pipelines.sources.image_source import ImageSource
 
 LoaderKind = Literal["auto", "dali", "torch"]
@@ -38,8 +39,9 @@ class Loader(ABC):
     Use it as a context manager, or call `close()`: either ends its threads and processes. It also raises DataError.
     """
 
-    def __init__(self, source: ImageSource, after: "Loader | None" = None) -> None:
+    def __init__(self, source: ImageSource, order: Order, first_step: int, after: "Loader | None" = None) -> None:
         self._source = source
+        self._supply = source.supply(order, first_step)
         self._bad: dict[int, str] = source.known_bad | ({} if after is None else after._bad)
         self._journal = Journal(source.journal)
 
@@ -47,17 +49,22 @@ class Loader(ABC):
     def bad_images(self) -> dict[str, str]:
         """Name → reason, of every image and folder that could not be used so far."""
         bad = self._bad.copy()  # a thread may be adding to it
-        return self._source.unreadable | {self._source.names[index]: reason for index, reason in bad.items()}
+        return self._source.unreadable | self._source.named(bad)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
-    @abstractmethod
-    def __next__(self) -> Batch: ...
+    def __next__(self) -> Batch:
+        batch = self._next()
+        self._supply.advance()
+        return batch
 
     @abstractmethod
+    def _next(self) -> Batch: ...
+
     def close(self) -> None:
         """End all threads and processes; more than once is fine."""
+        self._supply.close()
 
     def __enter__(self) -> Self:
         return self
@@ -121,6 +128,7 @@ class ImageReader:
         cache_bytes: int = 0,
     ) -> None:
         self._source = source
+        self.at_once = source.at_once
         self._raise = on_bad_image == "raise"
         self._seed = seed
         self._journal = journal or Journal(None)

@@ -43,7 +43,7 @@ class DaliLoader(Loader):
         first_step: int,
         after: Loader | None = None,
     ) -> None:
-        super().__init__(source, after)
+        super().__init__(source, order, first_step, after)
         self._recipe = recipe
         self._seed = seed
         self._device = device
@@ -70,7 +70,7 @@ class DaliLoader(Loader):
         self._takes_decoded = False  # its inputs
         self._with_decoded = False  # its outputs
 
-    def __next__(self) -> Batch:
+    def _next(self) -> Batch:
         while not self._ahead.closed:
             try:
                 if self._pipeline is None:
@@ -219,6 +219,7 @@ class DaliLoader(Loader):
         return None
 
     def close(self) -> None:
+        super().close()
         self._ahead.close()
         self._drop_pipeline()
         self._journal.close()

@@ -94,7 +94,8 @@ class ReadAhead:
                 journal.begin(indices.tolist())
                 images: list[Sample | None] | Decoded | None = reader.decoded(positions, indices)
                 if images is None:
-                    images = _read_side_by_side(reader, list(zip(positions.tolist(), indices.tolist(), strict=True)))
+                    asked = list(zip(positions.tolist(), indices.tolist(), strict=True))
+                    images = read_side_by_side(reader, asked, max(_READERS, reader.at_once))
                 self._put(prepare(positions, images))
                 step += 1
             self._put(StopIteration())
@@ -109,16 +110,18 @@ class ReadAhead:
                 continue
 
 
-def _read_side_by_side(reader: ImageReader, asked: list[tuple[int, int]]) -> list[Sample | None]:
+def read_side_by_side(reader: ImageReader, asked: list[tuple[int, int]], readers: int) -> list[Sample | None]:
     """What `reader.read` gives for each, in threads that wait for the file system. Those of a pool would be waited for
     when the process ends, also where a file never comes."""
-    parts = [asked[first::_READERS] for first in range(min(_READERS, len(asked)))]
+    if readers == 1:
+        return [reader.read(*each) for each in asked]
+    parts = [asked[first::readers] for first in range(min(readers, len(asked)))]
     found: list[Sample | None] = [None] * len(asked)
     errors: list[BaseException] = []
 
     def read(first: int) -> None:
         try:
-            found[first::_READERS] = [reader.read(*each) for each in parts[first]]
+            found[first::readers] = [reader.read(*each) for each in parts[first]]
         except BaseException as error:
             errors.append(error)
 

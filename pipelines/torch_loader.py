@@ -27,6 +27,7 @@ from reco_fast.pipelines.base import LONGEST_WAIT, POLL, Batch, ImageReader, Loa
 from reco_fast.pipelines.images import BadImage, decode_image
 from reco_fast.pipelines.order import Order
 from reco_fast.pipelines.pixels import Notices
+from reco_fast.pipelines.read_ahead import read_side_by_side
 from reco_fast.pipelines.sources.image_source import ImageSource
 
 _AHEAD = 2  # batches that each worker has under way
@@ -49,7 +50,7 @@ class TorchLoader(Loader):
         first_step: int,
         after: Loader | None = None,
     ) -> None:
-        super().__init__(source, after)
+        super().__init__(source, order, first_step, after)
         self._device = device
         self._dtype = dtype
         mean, std = torch.tensor(recipe.mean), torch.tensor(recipe.std)
@@ -80,13 +81,13 @@ class TorchLoader(Loader):
         self._keeps_notes = False
         self._ahead = OneAhead(self._make, torch.cuda.Stream(device)) if device.type == "cuda" else None
 
-    def __next__(self) -> Batch:
+    def _next(self) -> Batch:
         if self._batches is None:
             raise StopIteration
         return self._make() if self._ahead is None else next(self._ahead)
 
     def _make(self) -> Batch:
-        made = self._next()
+        made = self._from_worker()
         if made.error:
             raise DataError(made.error)
         self._bad |= made.bad
@@ -95,7 +96,7 @@ class TorchLoader(Loader):
         places = torch.from_numpy(self._slots.places[made.slot, : made.images].copy())
         return Batch(tuple(self._normalize(torch.from_numpy(view)) for view in views), places)
 
-    def _next(self) -> "_Made":
+    def _from_worker(self) -> "_Made":
         assert self._batches is not None
         for _ in range(round(LONGEST_WAIT / POLL)):
             try:
@@ -123,6 +124,7 @@ class TorchLoader(Loader):
         return normal.view(n, size, size, 3).permute(0, 3, 1, 2)
 
     def close(self) -> None:
+        super().close()
         self._batches = None  # the DataLoader's iterator ends its workers as it goes
         if not self._keeps_notes:
             self._journal.close([each.pid for each in self._workers if each.pid and each.exitcode in (0, None)])
@@ -257,7 +259,8 @@ class _Steps(Dataset[_Made]):
     def _fill(self, slot: int, positions: NDArray[np.int64], wanted: NDArray[np.int64]) -> int:
         """Put the images of these positions into a slot. Returns how many there are."""
         views, places = [view[slot] for view in self._slots.views], self._slots.places[slot]
-        found = [self._reader.read(*each) for each in zip(positions.tolist(), wanted.tolist(), strict=True)]
+        asked = list(zip(positions.tolist(), wanted.tolist(), strict=True))
+        found = read_side_by_side(self._reader, asked, self._reader.at_once)
         positions = positions[[sample is not None for sample in found]]
         samples = [sample for sample in found if sample is not None]
         parameters = self._parameters(positions, samples)

@@ -4,7 +4,7 @@ import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import overload
@@ -12,6 +12,7 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
+from reco_fast.pipelines.order import Order
 from reco_fast.pipelines.pixels import UNSAID, Decoding, Notices
 from reco_fast.pipelines.sources.kinds import PassedOver
 
@@ -65,8 +66,23 @@ class PackedNames(Sequence[str]):
         return digest.digest()
 
 
+class Supply:
+    """What a loader tells how far it has come. Here all images are at hand and nobody needs to know."""
+
+    def advance(self) -> None:
+        """One more batch has been handed out."""
+
+    def close(self) -> None:
+        """No more will be; more than once is fine."""
+
+
 class ImageSource(ABC):
     """Encoded images by index; may be read from many threads and processes at once."""
+
+    at_once = 1
+    """How many reads one process should have under way: 1 where none waits for another machine."""
+    ends: list[int] | None = None
+    """How many images there are up to the end of each shard; None where they are in none."""
 
     names: PackedNames
     """Of each image: its path below the opened one, `/` between parts. In no order that one could search by, and not
@@ -89,6 +105,8 @@ class ImageSource(ABC):
     """How what is transparent or deep is to be read."""
     notices: Notices
     """What loaders have to say of images that they use all the same."""
+    notes: list[str]
+    """What somebody who opens it should know, a line each."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names if isinstance(names, PackedNames) else PackedNames(names)
@@ -101,6 +119,7 @@ class ImageSource(ABC):
         self.journal = None
         self.decoding = UNSAID
         self.notices = Notices()
+        self.notes = []
         self._fingerprint = ""
 
     def __len__(self) -> int:
@@ -118,6 +137,14 @@ class ImageSource(ABC):
     @abstractmethod
     def sizes(self) -> NDArray[np.int64]:
         """[len] Bytes of each image; -1 where they cannot be had."""
+
+    def supply(self, order: Order, step: int) -> Supply:
+        """Whatever brings images here for the batches of `order` from `step` on; for a loader, which closes it."""
+        return Supply()
+
+    def named(self, bad: Mapping[int, str]) -> dict[str, str]:
+        """Name → reason, of images that could not be used, index → reason."""
+        return {self.names[index]: reason for index, reason in bad.items()}
 
     def fingerprint(self) -> str:
         """A hash of all names and sizes, 32 hexadecimal digits: equal only for the same data in the same order."""

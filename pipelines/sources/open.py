@@ -4,25 +4,31 @@ import os
 import re
 from collections.abc import Iterator
 from glob import glob, has_magic
-from itertools import product
 from pathlib import Path
 
 from reco_fast.errors import DataError
 from reco_fast.pipelines.sources.folders import open_folder
 from reco_fast.pipelines.sources.image_source import ImageSource
 from reco_fast.pipelines.sources.kinds import NOW, Rules
+from reco_fast.pipelines.sources.patterns import spread_braces
 from reco_fast.pipelines.sources.shards import open_shards
+from reco_fast.pipelines.stores.where import HERE, Stores, is_url
 
 
-def open_source(path: str | os.PathLike[str], rules: Rules = NOW) -> ImageSource:
+def open_source(path: str | os.PathLike[str], rules: Rules = NOW, stores: Stores = HERE) -> ImageSource:
     """Open a folder of images, a `.tar` file, a folder of `.tar` files, or a pattern of them such as
-    `train-{0000..0127}.tar` or `train-*.tar`; `hf:NAME[:SPLIT]` of Hugging Face; or, where nothing has this path,
-    `cifar10[:test]` or `stl10[:test|:unlabeled]`. `rules`: what of a folder or a shard is an image.
+    `train-{0000..0127}.tar` or `train-*.tar`; any of these in a store, by URL; an index of shards, `.json`;
+    `hf:NAME[:SPLIT]` of Hugging Face; or, where nothing has this path, `cifar10[:test]` or `stl10[:test|:unlabeled]`.
+    `rules`: what of a folder or a shard is an image; `stores`: how what comes from a store is kept.
 
     Raises:
         DataError: there is nothing at `path`, or no image in it.
     """
-    text = os.fspath(path)
+    text = os.fspath(path).removeprefix("file://")
+    if is_url(text):
+        from reco_fast.pipelines.stores.opening import open_store
+
+        return open_store(text, rules, stores)
     if text.startswith("hf:"):
         from reco_fast.pipelines.sources.hugging_face import open_hugging_face
 
@@ -31,6 +37,10 @@ def open_source(path: str | os.PathLike[str], rules: Rules = NOW) -> ImageSource
     if place.is_dir():
         return open_folder(place, rules)
     if place.is_file():
+        if place.suffix.lower() == ".json":
+            from reco_fast.pipelines.stores.opening import open_index
+
+            return open_index(os.fspath(place), rules, stores)
         if place.suffix.lower() != ".tar":
             raise DataError(f"{text}: expected a folder of images or uncompressed .tar shards, got a file")
         return open_shards([os.fspath(place)], [place.name], rules)
@@ -51,20 +61,9 @@ def open_source(path: str | os.PathLike[str], rules: Rules = NOW) -> ImageSource
 
 
 def _expand(pattern: str) -> Iterator[Path]:
-    """Braces (`{a,b}`, `{000..127}`) first, as a shell does, then `*`, `?` and `[…]`."""
-    parts = re.split(r"\{([^{}]*)\}", pattern)
-    choices = [[part] if place % 2 == 0 else _alternatives(part) for place, part in enumerate(parts)]
-    for words in product(*choices):
-        name = "".join(words)
+    """Braces first, as a shell does, then `*`, `?` and `[…]`."""
+    for name in spread_braces(pattern):
         if has_magic(name):
             yield from map(Path, glob(name))
         else:
             yield Path(name)
-
-
-def _alternatives(braces: str) -> list[str]:
-    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", braces)
-    if not numbers:
-        return braces.split(",")
-    first, last = numbers.groups()
-    return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]

@@ -149,14 +149,15 @@ def _sample(name: str) -> tuple[str, str, str]:
     return sys.intern(folder), stem, f".{extension.lower()}"
 
 
-def index_shard(path: str, rules: Rules = NOW) -> ShardContent:
-    """What is inside a local `.tar` file. Raises DataError where it cannot be read or is no uncompressed `.tar`."""
+def index_shard(path: str, rules: Rules = NOW, called: str = "") -> ShardContent:
+    """What is inside a local `.tar` file, which messages name as `called`. Raises DataError where it cannot be read or
+    is no uncompressed `.tar`."""
     try:
         return _index(path, rules)
     except tarfile.ReadError as error:
-        raise DataError(f"{path}: expected an uncompressed .tar file, got something else ({error})") from None
+        raise DataError(f"{called or path}: expected an uncompressed .tar file, got something else ({error})") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read, {error.strerror}") from None
+        raise DataError(f"{called or path}: cannot be read, {error.strerror}") from None
 
 
 def _index(path: str, rules: Rules) -> ShardContent:

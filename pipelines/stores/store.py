@@ -17,6 +17,7 @@ import fsspec
 import fsspec.asyn
 
 from reco_fast.errors import DataError
+from reco_fast.pipelines.stores.where import is_url
 
 T = TypeVar("T")
 PATIENCE = 300.0  # seconds in which a store may come back
@@ -54,11 +55,6 @@ class Absent(Lost):
 
     def __init__(self) -> None:
         super().__init__("there is no such file in the store")
-
-
-def is_url(text: str) -> bool:
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) is not None
-
 
 def check_url(url: str) -> None:
     """Raises DataError for what could hold a secret, or where fsspec knows no such store."""

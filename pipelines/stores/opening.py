@@ -1,0 +1,212 @@
+"""Opens what is behind a URL: shards by their index, which is made where there is none, or files one by one."""
+
+import hashlib
+import json
+import os
+import posixpath
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from glob import has_magic
+from pathlib import Path
+
+from reco_fast.errors import DataError
+from reco_fast.pipelines.sources import kinds
+from reco_fast.pipelines.sources.caches import cache_folder
+from reco_fast.pipelines.sources.image_source import ImageSource
+from reco_fast.pipelines.sources.kinds import PassedOver, Rules
+from reco_fast.pipelines.sources.patterns import spread_braces
+from reco_fast.pipelines.sources.shards import ShardContent, TarSource, index_shard
+from reco_fast.pipelines.stores import store
+from reco_fast.pipelines.stores.shard_cache import NoRoom, ShardCache, StoredShard
+from reco_fast.pipelines.stores.shard_index import IndexedShard, content_of, read_index
+from reco_fast.pipelines.stores.store import Lost, Stat
+from reco_fast.pipelines.stores.stored_images import StoredFolderSource, StoredTarSource
+from reco_fast.pipelines.stores.where import Stores, is_url
+
+INDEX = "index.json"  # beside shards
+_AT_ONCE = 4  # shards that are indexed
+_TELL = 10.0  # seconds between two lines of progress
+
+
+def open_store(url: str, rules: Rules, stores: Stores) -> ImageSource:
+    """What is at a URL: a shard, a pattern of shards, an index of shards, or all below it. Raises DataError."""
+    store.check_url(url)
+    if url.endswith(".json"):
+        return open_index(url, rules, stores)
+    if url.endswith(".tar") or has_magic(url) or "{" in url:
+        shards = shards_by_name(url)
+        return _opened([IndexedShard(each, posixpath.basename(each), None, None) for each in shards], rules, stores)
+    return _open_below(url, rules, stores)
+
+
+def open_index(place: str, rules: Rules, stores: Stores) -> ImageSource:
+    """The shards of an index, at a URL or a path. Raises DataError."""
+    first = next(read_index(place), None)
+    if first is None:
+        raise DataError(f"{place}: expected an index of shards, it has none")
+    if is_url(first.place):
+        return _opened(read_index(place), rules, stores)
+    return _local(read_index(place), rules)
+
+
+def shards_by_name(pattern: str) -> list[str]:
+    """The URLs of `.tar` files that a pattern with `{}`, `*`, `?` and `[…]` stands for. Raises DataError."""
+    names = [name for each in spread_braces(pattern) for name in (store.match(each) if has_magic(each) else [each])]
+    if not names:
+        raise DataError(f"{pattern}: expected .tar files, no file matches this pattern")
+    return names
+
+
+def shards_below(url: str) -> list[IndexedShard]:
+    """The `.tar` files below a URL, with their stats."""
+    found = {name: each for name, each in store.listing(url).items() if name.endswith(".tar")}
+    return [IndexedShard(store.join(url, name), name, each, None) for name, each in found.items()]
+
+
+def _open_below(url: str, rules: Rules, stores: Stores) -> ImageSource:
+    files: dict[str, Stat] = {}
+    shards: list[IndexedShard] = []
+    passed_over = PassedOver()
+    listed = store.listing(url)
+    for name, each in listed.items():
+        *folders, base = name.split("/")
+        suffix = os.path.splitext(base)[1].lower()
+        tool = next((f"{part}/" for part in folders if kinds.is_tool_folder(part) and not rules.tools), "")
+        if any(part.startswith(".") for part in (*folders, base)) or tool:
+            if not kinds.is_rubbish(base):
+                passed_over.add(tool or kinds.HIDDEN, name)
+        elif rules.takes(suffix):
+            files[name] = each
+        elif suffix == ".tar":
+            shards.append(IndexedShard(store.join(url, name), name, each, None))
+        elif not kinds.is_rubbish(base) and name != INDEX:
+            passed_over.add(kinds.suffix_of(base) or kinds.NO_SUFFIX, name)
+    source: ImageSource
+    if files:
+        for shard in shards:
+            passed_over.add(".tar", shard.name)
+        source = StoredFolderSource(url, files)
+    elif shards:
+        source = _opened(_by_index_beside(url, shards) if INDEX in listed else shards, rules, stores)
+    else:
+        seen = passed_over.line()
+        content = f"it has none of them ({seen})" if seen else "there is nothing"
+        raise DataError(f"{url}: expected images (.jpg, .png, .webp, …) or .tar shards below this URL, {content}")
+    source.passed_over.include(passed_over)
+    return source
+
+
+def _by_index_beside(url: str, shards: list[IndexedShard]) -> Iterator[IndexedShard]:
+    """With what the index that lies beside the shards says of those that are still as they were."""
+    known = {shard.place: shard for shard in read_index(store.join(url, INDEX))}
+    for shard in shards:
+        indexed = known.get(shard.place)
+        same = indexed is not None and indexed.stat == shard.stat
+        yield shard._replace(content=indexed.content) if same and indexed is not None else shard
+
+
+def _local(shards: Iterator[IndexedShard], rules: Rules) -> TarSource:
+    """Local shards, whose index is older than they may be."""
+    places: list[str] = []
+
+    def contents() -> Iterator[tuple[str, ShardContent]]:
+        for shard in shards:
+            if is_url(shard.place):
+                raise DataError(f"{shard.place}: expected paths of local shards, as the first of the index, got a URL")
+            size = os.path.getsize(shard.place) if os.path.isfile(shard.place) else -1
+            if size < 0 or (shard.stat is not None and size != shard.stat.size):
+                was = f"{shard.stat.size:,} bytes" if shard.stat else "a file"
+                now = f"{size:,}" if size >= 0 else "none"
+                raise DataError(f"{shard.place}: expected the shard as it was indexed, {was}, got {now}")
+            places.append(shard.place)
+            yield shard.name, shard.content or index_shard(shard.place, rules)
+
+    return TarSource(places, contents(), rules)
+
+
+def _opened(shards: Iterator[IndexedShard] | Sequence[IndexedShard], rules: Rules, stores: Stores) -> StoredTarSource:
+    cache = open_cache(stores)
+    if isinstance(shards, Sequence):
+        shards = indexed(shards, rules, cache, stores)
+    else:
+        shards = _completed(shards, rules, cache, stores)
+    return StoredTarSource(shards, cache, stores.processes)
+
+
+def open_cache(stores: Stores) -> ShardCache:
+    return ShardCache(stores.cache or cache_folder("stores") / "stores", stores.cache_bytes)
+
+
+def _completed(
+    shards: Iterator[IndexedShard], rules: Rules, cache: ShardCache, stores: Stores
+) -> Iterator[IndexedShard]:
+    """Those whose content is known as they come, those of which it is not a thousand at a time."""
+    waiting: list[IndexedShard] = []
+    for shard in shards:
+        if shard.content is not None and not waiting:
+            yield shard
+            continue
+        waiting.append(shard)
+        if len(waiting) == 1000:
+            yield from indexed(waiting, rules, cache, stores)
+            waiting = []
+    yield from indexed(waiting, rules, cache, stores)
+
+
+def indexed(
+    shards: Sequence[IndexedShard], rules: Rules, cache: ShardCache, stores: Stores
+) -> Iterator[IndexedShard]:
+    """`shards` with stat and content: those that have none are fetched once, and what is found is kept in the cache.
+
+    Raises DataError where one cannot be had.
+    """
+    asked = [shard.place for shard in shards if shard.stat is None or shard.stat.size < 0]
+    answers = dict(zip(asked, store.stats(asked), strict=True))
+    known = []
+    for shard in shards:
+        stat = answers.get(shard.place, shard.stat)
+        if isinstance(stat, Lost) or stat is None:
+            raise DataError(f"{shard.place}: expected a .tar file, {stat.strerror if stat else 'there is none'}")
+        known.append(shard._replace(stat=stat))
+    (cache.folder / "index").mkdir(exist_ok=True)
+    missing = [shard for shard in known if shard.content is None and not _kept(cache, shard).is_file()]
+    done, told = 0, time.monotonic()
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for _ in pool.map(lambda shard: _index(shard, rules, cache), missing):
+            done += 1
+            if time.monotonic() - told > _TELL:
+                told = time.monotonic()
+                stores.say(f"reading what is in the shards, which is done once: {done:,} of {len(missing):,}")
+    for shard in known:
+        if shard.content is not None:
+            yield shard
+            continue
+        with open(_kept(cache, shard), encoding="utf-8", errors="surrogateescape") as file:
+            yield shard._replace(content=content_of(json.load(file)))
+
+
+def _kept(cache: ShardCache, shard: IndexedShard) -> Path:
+    """Where what is inside a shard is kept."""
+    assert shard.stat is not None
+    return cache.folder / "index" / f"{StoredShard(shard.place, shard.stat).key}.json"
+
+
+def _index(shard: IndexedShard, rules: Rules, cache: ShardCache) -> None:
+    assert shard.stat is not None
+    stored = StoredShard(shard.place, shard.stat)
+    try:
+        hold = cache.fetch(stored)
+    except Lost as error:
+        raise DataError(f"{shard.place}: expected a .tar file that can be read, {error.strerror}") from None
+    except NoRoom as error:
+        raise DataError(f"--data.cache-gb: expected room for the shard {shard.place}, {error}") from None
+    assert hold is not None
+    try:
+        content = index_shard(os.fspath(cache.path(stored)), rules, shard.place)
+    finally:
+        hold.release()
+    path = _kept(cache, shard)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.{hashlib.sha256(os.urandom(8)).hexdigest()[:8]}")
+    temporary.write_text(json.dumps(content._asdict()), encoding="utf-8", errors="surrogateescape")
+    temporary.rename(path)

@@ -1,0 +1,163 @@
+"""Fetches the shards of an order before they are needed, and lets go of those that are not needed any more."""
+
+import mmap
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reco_fast.errors import DataError
+from reco_fast.pipelines.order import Order
+from reco_fast.pipelines.sources.image_source import Supply
+from reco_fast.pipelines.stores.shard_cache import Hold, NoRoom, ShardCache, StoredShard
+from reco_fast.pipelines.stores.store import Lost
+
+FETCHERS = 4  # shards at a time
+_SLOT = 256  # bytes for each shard
+NOTHING, COMING, LOST = b"\0", b"\1", b"\2"
+
+
+class Board:
+    """What is becoming of each shard, and why the store is of no use any more, in memory that forked processes see."""
+
+    def __init__(self, shards: int) -> None:
+        self._memory = mmap.mmap(-1, _SLOT * (shards + 4))
+        self._end = _SLOT * shards
+
+    def state(self, shard: int) -> bytes:
+        return self._memory[_SLOT * shard : _SLOT * shard + 1]
+
+    def why(self, shard: int) -> str:
+        return self._memory[_SLOT * shard + 1 : _SLOT * (shard + 1)].rstrip(b"\0").decode(errors="ignore")
+
+    def set(self, shard: int, state: bytes, why: str = "") -> None:
+        self._memory[_SLOT * shard + 1 : _SLOT * (shard + 1)] = why.encode()[: _SLOT - 1].ljust(_SLOT - 1, b"\0")
+        self._memory[_SLOT * shard : _SLOT * shard + 1] = state
+
+    @property
+    def failure(self) -> str:
+        """Why nothing will come any more; "" while shards do."""
+        return self._memory[self._end :].rstrip(b"\0").decode(errors="ignore")
+
+    @failure.setter
+    def failure(self, why: str) -> None:
+        room = len(self._memory) - self._end
+        self._memory[self._end :] = why.encode()[:room].ljust(room, b"\0")
+
+
+class Shards(Protocol):
+    """What is fetched for."""
+
+    stored: list[StoredShard]
+    cache: ShardCache
+    board: Board
+    lost: dict[int, str]
+
+    def shards_of(self, indices: NDArray[np.int64]) -> list[int]: ...
+
+
+class ShardSupply(Supply):
+    """For the batches of `order` from `step` on: at most `limit` bytes of shards at a time, in the order in which they
+    are needed. `advance` says that another batch has been used.
+
+    A shard that does not fit is not waited for; its images are then read alone. Nor is any in an order that needs all
+    of them at once: they come while images are read alone.
+    """
+
+    def __init__(self, shards: Shards, order: Order, step: int, limit: int) -> None:
+        self._shards = shards
+        self._order = order
+        self._limit = limit
+        self._on_its_way = COMING if order.in_runs else NOTHING
+        self._used = step  # batches before this one need nothing any more
+        self._last: dict[int, int] = {}  # shard → the last batch, of those looked at, that needs it
+        self._holds: dict[int, Hold] = {}
+        self._bytes = 0
+        self._changed = threading.Condition()
+        self._closing = threading.Event()
+        self._free = threading.Semaphore(FETCHERS)
+        _start(self._plan, "reco_fast supply")
+
+    def advance(self) -> None:
+        with self._changed:
+            self._used += 1
+            for shard in [shard for shard, last in self._last.items() if last < self._used]:
+                self._drop(shard)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """What is being fetched is given up."""
+        with self._changed:
+            self._closing.set()
+            for shard in list(self._last):
+                self._drop(shard)
+            self._changed.notify_all()
+
+    def _drop(self, shard: int) -> None:
+        del self._last[shard]
+        self._bytes -= self._shards.stored[shard].stat.size
+        if shard in self._holds:
+            self._holds.pop(shard).release()
+        if self._shards.board.state(shard) == COMING:
+            self._shards.board.set(shard, NOTHING)
+
+    def _plan(self) -> None:
+        step = self._used
+        while not self._closing.is_set() and (self._order.steps is None or step < self._order.steps):
+            for shard in self._shards.shards_of(self._order.batch(step)[1]):
+                if not self._want(shard, step):
+                    return
+            if len(self._last) == len(self._shards.stored):  # all of it fits
+                with self._changed:
+                    self._last = dict.fromkeys(self._last, 2**62)
+                return
+            step += 1
+
+    def _want(self, shard: int, step: int) -> bool:
+        """Have it fetched unless it is. False at the end."""
+        size = self._shards.stored[shard].stat.size
+        with self._changed:
+            if shard in self._last:
+                self._last[shard] = step
+                return True
+            # With nothing else under way it may be larger than the limit.
+            while self._last and self._bytes + size > self._limit and not self._closing.is_set():
+                self._changed.wait()
+            if self._closing.is_set():
+                return False
+            self._last[shard] = step
+            self._bytes += size
+            if self._shards.board.state(shard) == LOST:
+                return True
+            self._shards.board.set(shard, self._on_its_way)
+        self._free.acquire()
+        _start(lambda: self._fetch(shard), "reco_fast fetch")
+        return True
+
+    def _fetch(self, shard: int) -> None:
+        hold, state, why = None, NOTHING, ""
+        try:
+            hold = self._shards.cache.fetch(self._shards.stored[shard], self._closing)
+        except Lost as error:
+            state, why = LOST, error.strerror
+            self._shards.lost[shard] = why
+        except NoRoom:
+            pass
+        except DataError as error:
+            self._shards.board.failure = str(error)
+        except OSError as error:
+            self._shards.board.failure = f"{self._shards.cache.folder}: {error.strerror or error}"
+        finally:
+            self._free.release()
+            with self._changed:
+                self._shards.board.set(shard, state, why)
+                if hold is not None and shard in self._last and not self._closing.is_set():
+                    self._holds[shard] = hold
+                elif hold is not None:
+                    hold.release()
+
+
+def _start(work: Callable[[], None], name: str) -> None:
+    threading.Thread(target=work, name=name, daemon=True).start()
