@@ -27,6 +27,7 @@ _AT_ONCE = 32  # questions
 
 _NO_RIGHT = frozenset({401, 403})
 _LATER = frozenset({408, 425, 429})  # of 400 to 499, what may succeed when it is asked again
+_NEVER = 501  # of 500 to 599, what will not
 _NO_CREDENTIALS = frozenset(
     "NoCredentialsError PartialCredentialsError NoAuthTokenError DefaultCredentialsError RefreshError".split()
 )
@@ -55,6 +56,7 @@ class Absent(Lost):
 
     def __init__(self) -> None:
         super().__init__("there is no such file in the store")
+
 
 def check_url(url: str) -> None:
     """Raises DataError for what could hold a secret, or where fsspec knows no such store."""
@@ -142,15 +144,15 @@ def remove(url: str) -> None:
 
 
 def listing(url: str) -> dict[str, Stat]:
-    """Path below `url` → what is known, of all files at any depth, by name; empty where there is nothing. Raises
-    Lost."""
+    """Path below `url`, as a URL has it, → what is known, of all files at any depth, by name; empty where there is
+    nothing. Raises Lost."""
 
     def once(fs: Any, path: str) -> dict[str, Any]:
         found: dict[str, Any] = fs.find(path, detail=True)
         return found
 
     try:
-        found = _patiently(url, once)
+        found = _links_below(url) if _is_http(url) else _patiently(url, once)
     except Absent:
         return {}
     fs, root = _filesystem(url)
@@ -163,8 +165,15 @@ def listing(url: str) -> dict[str, Stat]:
 
 
 def match(pattern: str) -> list[str]:
-    """The URLs of files that fit `*`, `?` (not of http) and `[…]`, by name. Raises Lost."""
+    """The URLs of files that fit `*`, `?` and `[…]`, by name; none of them goes across a `/`. Raises Lost."""
     scheme = pattern.partition("://")[0]
+    if _is_http(pattern):
+        root = re.split(r"[*?\[]", pattern)[0].rpartition("/")[0]
+        fits = re.compile(fsspec.utils.glob_translate(pattern))
+        try:
+            return sorted(filter(fits.match, _links_below(root, pattern.count("/") - root.count("/"))))
+        except Absent:
+            return []
 
     def once(fs: Any, path: str) -> list[str]:
         return sorted(name if is_url(name) else f"{scheme}://{name.lstrip('/')}" for name in fs.glob(path))
@@ -184,6 +193,23 @@ def _below(name: str, root: str, fs: Any) -> str:
     return str(fs._strip_protocol(name)).removeprefix(str(fs._strip_protocol(root)).rstrip("/")).lstrip("/")
 
 
+def _is_http(url: str) -> bool:
+    return url.startswith(("http://", "https://"))
+
+
+def _links_below(url: str, levels: int = 1000) -> dict[str, Any]:
+    """Files by URL, as `find` of fsspec gives them; which leaves out folders whose list does not come."""
+    found: dict[str, Any] = {}
+    folders = [url]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for _ in range(levels):
+            answers = pool.map(lambda each: _patiently(each, lambda fs, path: _call(fs, "ls", path)), folders)
+            infos = [info for answer in answers for info in answer if not re.search(r"[?#]|/\.\.?/", info["name"])]
+            found |= {info["name"]: info for info in infos if info["type"] == "file"}
+            folders = [info["name"] for info in infos if info["type"] == "directory"]
+    return found
+
+
 def _stat_of(info: dict[str, Any]) -> Stat:
     names = ("ETag", "etag", "md5Hash", "blob_id", "Content-MD5", "Last-Modified", "LastModified", "last_modified")
     tag = next((str(info[name]) for name in (*names, "mtime", "created") if info.get(name)), "")
@@ -201,6 +227,8 @@ def _filesystem(url: str) -> tuple[Any, str]:
 def _whole(fs: Any, path: str, put: Callable[[str], None]) -> None:
     """`put` at `path`, which appears whole or not at all. Asynchronous file systems are those of object stores, where
     it does."""
+    if _is_http(path):
+        raise NotImplementedError  # fsspec would POST
     if fs.async_impl:
         return put(path)
     fs.makedirs(fs._parent(path), exist_ok=True)
@@ -246,9 +274,10 @@ def _patiently(url: str, ask: Callable[[Any, str], T]) -> T:
             if _code(error) == "NoSuchBucket":
                 raise DataError(f"{url}: expected a bucket that is there, the store answers: {_line(error)}") from None
             # fsspec's of http says that there is no file whatever its request failed of.
-            if status == 404 or (status is None and isinstance(error, FileNotFoundError) and not error.__cause__):
+            missing = isinstance(error, FileNotFoundError) and isinstance(error.__cause__, LookupError | None)
+            if status == 404 or (status is None and missing):
                 raise Absent from None
-            if status is not None and 400 <= status < 500 and status not in _LATER:
+            if status is not None and (400 <= status < 500 or status == _NEVER) and status not in _LATER:
                 raise Lost(_line(error)) from None
             if time.monotonic() + wait > give_up:
                 if status is not None:
