@@ -115,6 +115,9 @@ def read(url: str, start: int, end: int) -> bytes:
         if len(data) > end - start:
             raise Lost("the server sends whole files where it is asked for a part")
         if len(data) < end - start:
+            size = _stat_of(_call(fs, "info", path)).size
+            if 0 <= size < end:
+                raise Lost(f"it has changed: it ends at byte {size:,}, before {end:,}")
             raise ConnectionError(f"{len(data):,} of {end - start:,} bytes came")
         return data
 

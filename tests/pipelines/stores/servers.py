@@ -35,7 +35,7 @@ from urllib.parse import quote, unquote
 
 __all__ = ["HttpServer", "S3Server", "served_apart"]
 
-Kind = int | Literal["cut", "drip", "close", "whole", "changed"]
+Kind = int | Literal["cut", "short", "drip", "close", "whole", "changed"]
 CHUNK = 1 << 18
 DRIP = 0.2  # seconds for each byte
 
@@ -84,8 +84,9 @@ class Server:
     def fail(self, pattern: str, kind: Kind, times: float = float("inf"), method: str = "") -> None:
         """The next `times` requests whose path, as "/folder/name", fits `pattern` go wrong. The oldest fault is first.
 
-        kind: the status of the answer; or "cut": half of the body, then the connection is closed; "drip": a few bytes a
-        second; "close": the connection is closed without an answer; "whole": Range is ignored; "changed": another ETag.
+        kind: the status of the answer; or "cut": half of the body, then the connection is closed; "short" (of http):
+        the first byte, as if that were all; "drip": a few bytes a second; "close": the connection is closed without an
+        answer; "whole": Range is ignored; "changed": another ETag.
         """
         with self._lock:
             self._faults.append(Fault(pattern, kind, times, method))
@@ -264,6 +265,7 @@ class _Answer(BaseHTTPRequestHandler):
                 end = min(end, int(last) + 1) if first and last else end
                 if start >= end:
                     return self.send(b"", status=416)
+                end = start + 1 if kind == "short" else end
                 headers["Content-Range"], status = f"bytes {start}-{end - 1}/{found.st_size}", 206
             self.send_head(status, end - start, headers)
             if self.command == "HEAD" or start == end:
