@@ -9,7 +9,7 @@ that are new or have changed.
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import tyro
 
@@ -27,7 +27,7 @@ from reco_fast.settings.typed import WithPaths, shell_word
 
 @dataclass(frozen=True)
 class CheckCommand(WithPaths):
-    path: tyro.conf.Positional[Path]
+    path: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="PATH")]]
     """A folder at any depth, or WebDataset .tar shards."""
     output: Path
     """The manifest: one JSON object a line, {path, stamp, reason}; reason is null for a good image."""

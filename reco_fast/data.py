@@ -4,7 +4,6 @@ import dataclasses
 import os
 from collections import defaultdict
 from contextlib import suppress
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -38,7 +37,7 @@ class LabelledData(NamedTuple):
     classes: list[str]
 
 
-def open_images(path: Path, data: DataConfig, rules: Rules = NOW) -> ImageSource:
+def open_images(path: str, data: DataConfig, rules: Rules = NOW) -> ImageSource:
     """What is at `path`, to be decoded as `data` says. Raises DataError."""
     source = open_source(path, rules)
     red, green, blue = ImageColor.getrgb(data.background)[:3]
@@ -46,7 +45,7 @@ def open_images(path: Path, data: DataConfig, rules: Rules = NOW) -> ImageSource
     return source
 
 
-def open_labelled(train: ImageSource, val_path: Path, flag: str = "--data.path", instead: str = "") -> LabelledData:
+def open_labelled(train: ImageSource, val_path: str, flag: str = "--data.path", instead: str = "") -> LabelledData:
     """Both sources with the classes matched by name; `flag`: that named the first; `instead`: what to do where it has
     no labels. Raises ConfigError where there are none or they differ."""
     val = open_source(val_path)
@@ -104,7 +103,7 @@ def open_data(config: Config, rules: Rules = NOW) -> tuple[Config, ImageSource, 
     if data.path is None:
         if not config.data.generated:
             raise ConfigError("--data.path: expected a folder of images or .tar shards, got nothing")
-        path, val_path = distributed.first_rank_first(generated.generate)
+        path, val_path = map(os.fspath, distributed.first_rank_first(generated.generate))
         data = dataclasses.replace(data, path=path, val_path=val_path)
         config = dataclasses.replace(config, data=data)
     assert data.path is not None

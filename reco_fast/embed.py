@@ -38,16 +38,16 @@ from reco_fast.run.meter import Meter
 from reco_fast.run.report import progress, warn_of
 from reco_fast.run.run_folder import load_run
 from reco_fast.settings import command_line
-from reco_fast.settings.config import DataConfig
+from reco_fast.settings.config import DataConfig, Place
 from reco_fast.settings.terminal import say
-from reco_fast.settings.typed import WithPaths, at_home
+from reco_fast.settings.typed import WithPaths, at_home, place
 
 PART_SECONDS = 30.0  # of work that an interruption loses at most
 
 
 @dataclass(frozen=True)
 class ImagesConfig(WithPaths):
-    path: Path | None = None
+    path: Place = None
     """A folder at any depth, WebDataset .tar shards, cifar10:test or hf:NAME."""
     loader: Literal["auto", "dali", "torch"] = "auto"
     """auto takes DALI where it is installed."""
@@ -141,7 +141,7 @@ def embed_images(
     device: Literal["auto", "cuda", "cpu"] = "auto",
 ) -> Embedded:
     """What the command writes, as an array. Raises ConfigError or DataError."""
-    work = opened(at_home(run_dir), ImagesConfig(path=Path(images)), which, batch_size, device)
+    work = opened(at_home(run_dir), ImagesConfig(path=place(images)), which, batch_size, device)
     with tempfile.TemporaryDirectory() as folder:
         parts = Parts(Path(folder), work.fingerprint())
         compute(work, parts)

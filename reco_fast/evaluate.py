@@ -96,7 +96,7 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
         f"norm of the mean {fill.mean_norm:.2f}",
     )
     result: dict[str, Any] = {"which": command.which, "knn_top1": None, "linear_top1": None, "linear_c": None}
-    result |= {"path": str(path), "val_path": None if val_path is None else str(val_path)}
+    result |= {"path": path, "val_path": val_path}
     bad = train.bad
     result |= {
         "images": len(train.features),
@@ -153,7 +153,7 @@ def chosen_data(given: DataConfig, run: Config, *, own: bool) -> tuple[DataConfi
                 f"{getattr(run.data, setting.name)}, got {value}"
             )
     apart = run.eval.train_path
-    path: Path | None
+    path: str | None
     if given.path is None and apart is not None:
         path, flag = apart, "--eval.train-path"
     else:

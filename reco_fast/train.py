@@ -205,7 +205,7 @@ def save(
     log.bad_images(distributed.gather_lines(bad_lines(loader.bad_images), state.device))
 
 
-def bad_lines(bad: dict[str, str], path: Path | None = None) -> list[str]:
+def bad_lines(bad: dict[str, str], path: str | None = None) -> list[str]:
     """As bad_images.txt has them: name and reason of images below the training path, or below `path`."""
     prefix = "" if path is None else f"{path}/"
     return [f"{one_line(prefix + name)}\t{one_line(reason)}" for name, reason in bad.items()]

@@ -2,15 +2,14 @@
 
 import os
 import re
-from collections.abc import Iterator
-from glob import glob, has_magic
+from glob import has_magic
 from pathlib import Path
 
 from reco_fast.errors import DataError
 from reco_fast.pipelines.sources.folders import open_folder
 from reco_fast.pipelines.sources.image_source import ImageSource
 from reco_fast.pipelines.sources.kinds import NOW, Rules
-from reco_fast.pipelines.sources.patterns import spread_braces
+from reco_fast.pipelines.sources.patterns import matching
 from reco_fast.pipelines.sources.shards import open_shards
 from reco_fast.pipelines.stores.where import HERE, Stores, is_url
 
@@ -45,7 +44,7 @@ def open_source(path: str | os.PathLike[str], rules: Rules = NOW, stores: Stores
             raise DataError(f"{text}: expected a folder of images or uncompressed .tar shards, got a file")
         return open_shards([os.fspath(place)], [place.name], rules)
     if has_magic(text) or re.search(r"\{.*\}", text):
-        shards = sorted(_expand(os.path.expanduser(text)))
+        shards = matching(os.path.expanduser(text))
         if not shards:
             raise DataError(f"{text}: expected .tar files, no file matches this pattern")
         for shard in shards:
@@ -58,12 +57,3 @@ def open_source(path: str | os.PathLike[str], rules: Rules = NOW, stores: Stores
     if name in DATA_SETS:
         return open_named(name, split)
     raise DataError(f"{text}: expected a folder of images or .tar shards, there is nothing at this path")
-
-
-def _expand(pattern: str) -> Iterator[Path]:
-    """Braces first, as a shell does, then `*`, `?` and `[…]`."""
-    for name in spread_braces(pattern):
-        if has_magic(name):
-            yield from map(Path, glob(name))
-        else:
-            yield Path(name)

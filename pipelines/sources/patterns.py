@@ -1,7 +1,15 @@
 """Patterns of file names with braces, as shells and WebDataset have them."""
 
 import re
+from glob import glob, has_magic
 from itertools import product
+from pathlib import Path
+
+
+def matching(pattern: str) -> list[Path]:
+    """The files of a pattern, by name: braces first, as a shell does, then `*`, `?` and `[…]`."""
+    found = [glob(name) if has_magic(name) else [name] for name in spread_braces(pattern)]
+    return sorted(Path(name) for names in found for name in names)
 
 
 def spread_braces(pattern: str) -> list[str]:

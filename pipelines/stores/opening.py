@@ -14,8 +14,8 @@ from reco_fast.errors import DataError
 from reco_fast.pipelines.sources import kinds
 from reco_fast.pipelines.sources.caches import cache_folder
 from reco_fast.pipelines.sources.image_source import ImageSource
-from reco_fast.pipelines.sources.kinds import PassedOver, Rules
-from reco_fast.pipelines.sources.patterns import spread_braces
+from reco_fast.pipelines.sources.kinds import NOW, PassedOver, Rules
+from reco_fast.pipelines.sources.patterns import matching, spread_braces
 from reco_fast.pipelines.sources.shards import ShardContent, TarSource, index_shard
 from reco_fast.pipelines.stores import store
 from reco_fast.pipelines.stores.shard_cache import NoRoom, ShardCache, StoredShard
@@ -35,7 +35,7 @@ def open_store(url: str, rules: Rules, stores: Stores) -> ImageSource:
     if url.endswith(".json"):
         return open_index(url, rules, stores)
     if url.endswith(".tar") or has_magic(url) or "{" in url:
-        shards = shards_by_name(url)
+        shards = _by_name(url)
         return _opened([IndexedShard(each, posixpath.basename(each), None, None) for each in shards], rules, stores)
     return _open_below(url, rules, stores)
 
@@ -50,7 +50,7 @@ def open_index(place: str, rules: Rules, stores: Stores) -> ImageSource:
     return _local(read_index(place), rules)
 
 
-def shards_by_name(pattern: str) -> list[str]:
+def _by_name(pattern: str) -> list[str]:
     """The URLs of `.tar` files that a pattern with `{}`, `*`, `?` and `[…]` stands for. Raises DataError."""
     names = [name for each in spread_braces(pattern) for name in (store.match(each) if has_magic(each) else [each])]
     if not names:
@@ -58,10 +58,33 @@ def shards_by_name(pattern: str) -> list[str]:
     return names
 
 
-def shards_below(url: str) -> list[IndexedShard]:
-    """The `.tar` files below a URL, with their stats."""
-    found = {name: each for name, each in store.listing(url).items() if name.endswith(".tar")}
-    return [IndexedShard(store.join(url, name), name, each, None) for name, each in found.items()]
+def shards_at(path: str, stores: Stores) -> Iterator[IndexedShard]:
+    """Stat and content of the `.tar` files that a path or a URL stands for, or that lie below it. Raises DataError
+    where there are none, or one cannot be had."""
+    text = path.removeprefix("file://")
+    if not is_url(text):
+        yield from _local_shards(text)
+        return
+    store.check_url(text)
+    if text.endswith(".tar") or has_magic(text) or "{" in text:
+        shards = [IndexedShard(each, posixpath.basename(each), None, None) for each in _by_name(text)]
+    else:
+        below = {name: each for name, each in store.listing(text).items() if name.endswith(".tar")}
+        shards = [IndexedShard(store.join(text, name), name, each, None) for name, each in below.items()]
+    if not shards:
+        raise DataError(f"{text}: expected .tar shards below this URL, there are none")
+    yield from indexed(shards, NOW, open_cache(stores), stores)
+
+
+def _local_shards(text: str) -> Iterator[IndexedShard]:
+    place = Path(os.path.expanduser(text)).absolute()
+    shards = sorted(place.rglob("*.tar")) if place.is_dir() else matching(os.fspath(place))
+    if not shards:
+        raise DataError(f"{text}: expected .tar files, there are none")
+    for shard in shards:
+        name = os.fspath(shard.relative_to(place)) if place.is_dir() else shard.name
+        content = index_shard(os.fspath(shard))
+        yield IndexedShard(os.fspath(shard), name, Stat(shard.stat().st_size, ""), content)
 
 
 def _open_below(url: str, rules: Rules, stores: Stores) -> ImageSource:
@@ -154,9 +177,7 @@ def _completed(
     yield from indexed(waiting, rules, cache, stores)
 
 
-def indexed(
-    shards: Sequence[IndexedShard], rules: Rules, cache: ShardCache, stores: Stores
-) -> Iterator[IndexedShard]:
+def indexed(shards: Sequence[IndexedShard], rules: Rules, cache: ShardCache, stores: Stores) -> Iterator[IndexedShard]:
     """`shards` with stat and content: those that have none are fetched once, and what is found is kept in the cache.
 
     Raises DataError where one cannot be had.

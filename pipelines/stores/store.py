@@ -21,6 +21,7 @@ from reco_fast.pipelines.stores.where import is_url
 
 T = TypeVar("T")
 PATIENCE = 300.0  # seconds in which a store may come back
+FIRST_PATIENCE = 20.0  # seconds for one that has never answered: its name may be a mistake
 ANSWER = 60.0  # seconds for one answer: of 16 MB, below 0.3 MB/s
 FIRST_WAIT, LONGEST_WAIT = 0.25, 15.0  # seconds between two tries
 _AT_ONCE = 32  # questions
@@ -34,6 +35,7 @@ _NO_CREDENTIALS = frozenset(
 # Held for good: a forked child would close what it lets go, and with it take its parent's connections out of the
 # epoll that both have; the parent's next answer would never come.
 _held: dict[int, Any] = {}
+_answered: set[str] = set()  # stores
 _jitter = random.Random()  # not Python's own generator, whose state is the user's
 
 
@@ -260,10 +262,14 @@ def _patiently(url: str, ask: Callable[[Any, str], T]) -> T:
         Lost: there is no such file (Absent), or the store fails whenever it is asked for it.
         DataError: we have no right to it, there is no such bucket, the store does not answer, or is for reading alone.
     """
-    give_up = time.monotonic() + PATIENCE
+    name = "/".join(url.split("/", 3)[:3])
+    patience = PATIENCE if name in _answered else min(PATIENCE, FIRST_PATIENCE)
+    give_up = time.monotonic() + patience
     for wait in _waits():
         try:
-            return ask(*_filesystem(url))
+            answer = ask(*_filesystem(url))
+            _answered.add(name)
+            return answer
         except (Lost, DataError):
             raise
         except NotImplementedError:
@@ -284,9 +290,9 @@ def _patiently(url: str, ask: Callable[[Any, str], T]) -> T:
                 raise Lost(_line(error)) from None
             if time.monotonic() + wait > give_up:
                 if status is not None:
-                    raise Lost(f"the store fails for {PATIENCE:g} seconds: {_line(error)}") from None
+                    raise Lost(f"the store fails for {patience:g} seconds: {_line(error)}") from None
                 raise DataError(
-                    f"{url}: expected a store that answers, none did in {PATIENCE:g} seconds ({_line(error)}); the "
+                    f"{url}: expected a store that answers, none did in {patience:g} seconds ({_line(error)}); the "
                     "same command goes on"
                 ) from None
         time.sleep(wait)

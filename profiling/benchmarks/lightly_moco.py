@@ -65,13 +65,13 @@ class LightlyMoCo:
 def batches(config: Config, device: torch.device) -> Generator[tuple[Tensor, ...], None, None]:
     """Two views of the images of --data.path by Lightly's data set and transform, our crop size and blur."""
     folder = config.data.path
-    if folder is None or not folder.is_dir():
+    if folder is None or not os.path.isdir(folder):
         raise ConfigError(f"--data.path: expected a folder of images for --against lightly, got {folder}")
     blur = reco_recipe(config.data.image_size).views[0].blur_probability
     transform = MoCoV2Transform(input_size=config.data.image_size, gaussian_blur=blur)
     workers = loader_workers(config.data)
     loader = DataLoader(
-        LightlyDataset(os.fspath(folder), transform=transform),
+        LightlyDataset(folder, transform=transform),
         batch_size=config.train.batch_size,
         shuffle=True,
         drop_last=True,

@@ -31,7 +31,7 @@ from reco_fast.pipelines.order import TrainingOrder
 from reco_fast.pipelines.sources.image_source import ImageSource
 from reco_fast.pipelines.sources.open import open_source
 from reco_fast.settings.command_line import run
-from reco_fast.settings.typed import at_home
+from reco_fast.settings.typed import place
 
 Batches = Generator[object, None, None]
 
@@ -114,7 +114,7 @@ def images_per_second(batches: Batches, arguments: argparse.Namespace) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data.path", dest="path", type=at_home, required=True, help="images, as for training")
+    parser.add_argument("--data.path", dest="path", type=place, required=True, help="images, as for training")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--batches", type=int, help="timed in each round; 15, or as many as workers")

@@ -10,6 +10,7 @@ from reco_fast.errors import ConfigError
 from reco_fast.pipelines.sources.named import DATA_SETS
 from reco_fast.run.files import read_json
 from reco_fast.settings.config import Config
+from reco_fast.settings.typed import is_url
 
 _PATTERN = re.compile(r"[*?\[{]")
 
@@ -32,7 +33,7 @@ def located(config: Config, folder: Path) -> Config:
         return config  # of an earlier version, or by somebody else
     data, paths = config.data, (config.data.path, config.data.val_path, config.data.manifest, config.eval.train_path)
     path, val_path, manifest, train_path = (_located(each, directory, before, folder) for each in paths)
-    data = dataclasses.replace(data, path=path, val_path=val_path, manifest=manifest)
+    data = dataclasses.replace(data, path=path, val_path=val_path, manifest=Path(manifest) if manifest else None)
     return dataclasses.replace(config, data=data, eval=dataclasses.replace(config.eval, train_path=train_path))
 
 
@@ -45,9 +46,12 @@ def read_environment(folder: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _located(path: Path | None, directory: str, before: str, folder: Path) -> Path | None:
+def _located(path: str | Path | None, directory: str, before: str, folder: Path) -> str | None:
     if path is None:
         return None
+    path = os.fspath(path)
+    if is_url(path):
+        return path
     text = os.path.expanduser(path)
     prefix, split = "", ""
     if text.startswith("hf:"):
@@ -59,15 +63,14 @@ def _located(path: Path | None, directory: str, before: str, folder: Path) -> Pa
     now = os.path.normpath(os.path.join(os.path.abspath(folder), os.path.relpath(then, before)))
     for place in (then, now):
         if _is_there(place):
-            return Path(f"{prefix}{place}{split}")
+            return f"{prefix}{place}{split}"
     named = bool(prefix) or text.partition(":")[0] in DATA_SETS
-    return path if named or _is_there(text) else Path(then)
+    return path if named or _is_there(text) else then
 
 
-def is_there(path: Path) -> bool:
-    """Whether there is something to open at `path`, or it is a data set by name."""
-    text = os.fspath(path)
-    return text.startswith("hf:") or text.partition(":")[0] in DATA_SETS or _is_there(text)
+def is_there(path: str) -> bool:
+    """Whether there is something to open at `path`, or it is a data set by name or a URL, which only opening tells."""
+    return is_url(path) or path.startswith("hf:") or path.partition(":")[0] in DATA_SETS or _is_there(path)
 
 
 def _is_there(text: str) -> bool:
@@ -78,8 +81,8 @@ def _is_there(text: str) -> bool:
     return found is not None and os.path.isdir(os.path.dirname(text[: found.start()]) or ".")
 
 
-def same_place(one: Path | None, other: Path | None) -> bool:
+def same_place(one: str | None, other: str | None) -> bool:
     """Whether two paths, as `located` gives them, lead to one place."""
-    if one is None or other is None:
-        return one is other
+    if one is None or other is None or is_url(one) or is_url(other):
+        return one == other
     return one == other or os.path.realpath(one) == os.path.realpath(other)

@@ -36,6 +36,8 @@ NEW = {
 """Settings that earlier versions did not write: their runs have the default."""
 
 Colour = tuple[float, float, float]
+Place = Annotated[str | None, tyro.conf.arg(metavar="{None}|PATH")]
+"""Where images are, if it is said: one of `PLACES`."""
 _MOST_COUNT = 2**40  # far above what is useful, far below what overflows
 
 
@@ -46,9 +48,9 @@ def _require(ok: bool, flag: str, value: object, expected: str) -> None:
 
 @dataclass(frozen=True)
 class DataConfig(WithPaths):
-    path: Path | None = None
+    path: Place = None
     """Training images, without labels: a folder at any depth, .tar shards, cifar10, stl10:unlabeled, hf:NAME."""
-    val_path: Path | None = None
+    val_path: Place = None
     """Held-out images by class for the kNN evaluation; --data.path, or --eval.train-path, must then be by class too."""
     manifest: Path | None = None
     """What reco_fast.check_images found in --data.path: its bad images are left out unread."""
@@ -284,7 +286,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvalConfig(WithPaths):
-    train_path: Path | None = None
+    train_path: Place = None
     """Images by class for the kNN evaluation's neighbours, where --data.path has no labels; with --data.val-path."""
     every: float = 10.0
     """Epochs between kNN evaluations; there is always one before the first step and one at the end."""

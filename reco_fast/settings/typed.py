@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from reco_fast.errors import ConfigError
 
 T = TypeVar("T")
+PLACES = {"path", "val_path", "train_path"}
+"""Settings that say where images are: texts, for a Path would make `s3:/b` of `s3://b`."""
 # What could move a cursor, end a line or turn text round: C0, C1, and Unicode's line and direction controls.
 CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
@@ -24,13 +26,26 @@ def at_home(path: Path | str) -> Path:
     return Path(text)
 
 
+def is_url(place: str) -> bool:
+    return "://" in place
+
+
+def place(value: str | os.PathLike[str]) -> str:
+    """Where images are, as text: a path as `at_home` has it, a URL as it is."""
+    text = os.fspath(value)
+    return text if is_url(text) else os.fspath(at_home(text))
+
+
 class WithPaths:
-    """A dataclass whose paths may begin with `~`, which a shell leaves as it is in `--run.dir=~/x`."""
+    """A dataclass whose paths, and places of images, may begin with `~`, which a shell leaves as it is in
+    `--run.dir=~/x`. Python may give a place as a Path."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if isinstance(value, Path):
-                object.__setattr__(self, name, at_home(value))  # they are frozen
+            if name in PLACES and value is not None:
+                object.__setattr__(self, name, place(value))  # they are frozen
+            elif isinstance(value, Path):
+                object.__setattr__(self, name, at_home(value))
 
 
 def shell_word(path: Path | str | None) -> str:
@@ -63,9 +78,10 @@ def as_dataclass(kind: type[T], values: object) -> T:
         also = f"; missing or unknown: {', '.join(odd[:3])}" if odd else f", got {_shown(values)}"
         raise ValueError(one_line(f"expected an object with the fields of {kind.__name__}{also}"))
     values = {k: as_dataclass(fields[k], v) if _is_nested(fields[k]) else v for k, v in values.items()}
+    expected = fields | dict.fromkeys(PLACES & set(fields), Path | None)  # a text that can name a file
     for name, value in values.items():
-        if not _fits(value, fields[name]):
-            raise ValueError(one_line(f"expected {name} as {_named(fields[name])}, got {_shown(value)}"))
+        if not _fits(value, expected[name]):
+            raise ValueError(one_line(f"expected {name} as {_named(expected[name])}, got {_shown(value)}"))
     return kind(**{name: _made(value, fields[name]) for name, value in values.items()})
 
 

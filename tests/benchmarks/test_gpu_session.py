@@ -192,7 +192,7 @@ def test_every_command_line_is_understood(tmp_path: Path, tiny: bool, monkeypatc
                 assert (gpu_session.HERE / word).is_file()
             elif module == "reco_fast.train":
                 config, _ = train.parse(arguments)
-                assert config.data.path in (tmp_path / "cifar" / "train", tmp_path / "photographs")
+                assert config.data.path in (str(tmp_path / "cifar" / "train"), str(tmp_path / "photographs"))
             elif module == "reco_fast.profiling.benchmarks.step":
                 parsed = command_line.parse(step.Benchmark, arguments, prog="", description="", default=step.DEFAULT)
                 assert parsed.model.arch == ("timm/test_resnet" if tiny else parsed.model.arch)

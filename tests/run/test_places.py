@@ -12,7 +12,7 @@ from reco_fast import train
 from reco_fast.errors import ConfigError
 from reco_fast.evaluate import EvaluateCommand, evaluate
 from reco_fast.run import run_folder
-from reco_fast.run.places import located
+from reco_fast.run.places import is_there, located, same_place
 from reco_fast.settings.config import Config, DataConfig, EvalConfig
 
 OPTIONS = [*SMALL, "--data.loader", "torch", "--data.workers", "1", "--run.log-every", "1", "--train.epochs", "3"]
@@ -178,6 +178,7 @@ def test_the_runs_images_under_another_path_bring_its_validation_set(project: Pa
         ("missing", "{old}/missing"),
         ("here", "here"),
         ("/absolute", "/absolute"),
+        ("s3://data//here/train-{000..127}.tar", "s3://data//here/train-{000..127}.tar"),
     ],
 )
 def test_where_a_path_of_a_run_leads(path: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,9 +187,19 @@ def test_where_a_path_of_a_run_leads(path: str, expected: str, tmp_path: Path, m
     places = {"directory": str(tmp_path / "old"), "folder": str(tmp_path / "run")}
     (tmp_path / "run" / "environment.json").write_text(json.dumps(places))
     monkeypatch.chdir(tmp_path / "now")
-    given = Config(data=DataConfig(path=Path(path)), eval=EvalConfig(train_path=Path(path)))
+    given = Config(data=DataConfig(path=path), eval=EvalConfig(train_path=path))
     found = located(given, tmp_path / "run")
     assert str(found.data.path) == str(found.eval.train_path) == expected.replace("{old}", str(tmp_path / "old"))
+
+
+def test_urls_are_one_place_where_their_texts_are_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s3:" / "b" / "k").mkdir(parents=True)
+    assert is_there("s3://nowhere/train-{0..9}.tar")
+    assert same_place("s3://b/k", "s3://b/k")
+    assert not same_place("s3://b/k", "s3://b//k")
+    assert not same_place("s3://b/k", str(tmp_path / "s3:" / "b" / "k"))
+    assert not same_place("s3://b/k", None)
 
 
 @pytest.mark.parametrize(

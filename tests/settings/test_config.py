@@ -11,6 +11,7 @@ from reco_fast.data import recipe
 from reco_fast.errors import ConfigError
 from reco_fast.profiling.benchmarks.growth import Growth
 from reco_fast.profiling.benchmarks.step import Benchmark
+from reco_fast.settings import command_line
 from reco_fast.settings.config import Config, DataConfig, EvalConfig, LossConfig, ModelConfig, RunConfig, TrainConfig
 from reco_fast.settings.presets import PRESETS, preset
 from reco_fast.train import parse
@@ -186,16 +187,42 @@ def test_a_tilde_is_the_home_wherever_a_path_is_given(tmp_path: Path, monkeypatc
     (tmp_path / "mine.json").write_text('{"run": {"dir": "~/a"}, "data": {"manifest": "~/b"}}')
     config = train.parse(["cifar10", "--config=~/mine.json", "--data.path=~/s-{0..9}.tar", "--data.val-path", "~"])[0]
     assert (config.run.dir, config.data.manifest) == (tmp_path / "a", tmp_path / "b")
-    assert (config.data.path, config.data.val_path) == (tmp_path / "s-{0..9}.tar", tmp_path)
+    assert (config.data.path, config.data.val_path) == (str(tmp_path / "s-{0..9}.tar"), str(tmp_path))
     assert preset("cifar10", run={"dir": "~/x"}).run.dir == RunConfig(dir=Path("~/x")).dir == tmp_path / "x"
-    assert EvalConfig(train_path=Path("~/t")).train_path == tmp_path / "t"
+    assert EvalConfig(train_path=Path("~/t")).train_path == str(tmp_path / "t")
     assert embed.EmbedCommand(Path("~/r"), Path("~/f.npz"), projector=Path("~/p")).projector == tmp_path / "p"
     assert evaluate.EvaluateCommand(Path("~/r")).run_dir == export.ExportCommand(Path("~/r"), "timm", Path("o")).run_dir
-    assert check_images.CheckCommand(Path("~/d"), Path("m")).path == tmp_path / "d"
+    assert check_images.CheckCommand(Path("~/d"), Path("m")).path == str(tmp_path / "d")
     assert ablation.AblationOptions(dir=Path("~/a")).dir == tmp_path / "a"
     assert Benchmark(output=Path("~/o")).output == Growth(output=Path("~/o")).output == tmp_path / "o"
-    assert DataConfig(path=Path("hf:~/x")).path == Path("hf:~/x")  # for whoever opens it
-    assert DataConfig(path=Path("~nobody-here/x")).path == Path("~nobody-here/x")
+    assert DataConfig(path=Path("hf:~/x")).path == "hf:~/x"  # for whoever opens it
+    assert DataConfig(path=Path("~nobody-here/x")).path == "~nobody-here/x"
+
+
+@pytest.mark.parametrize("url", ["s3://bucket//odd//train-{000..127}.tar", "https://host/a/../b/?x=~/./y", "~/s3://b/"])
+def test_a_url_of_images_stays_as_it_is(url: str, tmp_path: Path) -> None:
+    config = Config(data=DataConfig(path=url, val_path=url), eval=EvalConfig(train_path=url))
+    assert (config.data.path, config.data.val_path, config.eval.train_path) == (url, url, url)
+    assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
+    (tmp_path / "config.json").write_text(json.dumps(config.to_json()))
+    flags = ["--data.path", url, f"--data.val-path={url}", "--eval.train-path", url]
+    for words in (flags, ["--config", str(tmp_path / "config.json")]):
+        parsed = train.parse(["cifar10", *words])[0]
+        assert (parsed.data.path, parsed.data.val_path, parsed.eval.train_path) == (url, url, url)
+    words = ["run", "--output", "f.npz", "--data.path", url]
+    assert command_line.parse(embed.EmbedCommand, words, prog="", description="").data.path == url
+    words = [url, "--output", "m"]
+    assert command_line.parse(check_images.CheckCommand, words, prog="", description="").path == url
+
+
+def test_python_may_give_a_place_of_images_as_a_path(tmp_path: Path) -> None:
+    text = str(tmp_path / "a")
+    for given in (tmp_path / "a", f"{tmp_path}/./a//"):  # with the text that a Path has
+        config = preset("cifar10", data={"path": given, "val_path": given}, eval={"train_path": given})
+        assert (config.data.path, config.data.val_path, config.eval.train_path) == (text, text, text)
+        assert config.to_json()["data"]["path"] == text
+        assert DataConfig(path=given).path == embed.ImagesConfig(path=given).path == text
+        assert check_images.CheckCommand(given, Path("m")).path == text
 
 
 def test_a_tilde_without_a_home_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

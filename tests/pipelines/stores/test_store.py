@@ -71,6 +71,7 @@ def place(request: pytest.FixtureRequest) -> Place:
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "PATIENCE", 5.0)
+    monkeypatch.setattr(store, "FIRST_PATIENCE", 5.0)
     monkeypatch.setattr(store, "FIRST_WAIT", 0.01)
     monkeypatch.setattr("s3fs.S3FileSystem.retries", 1)  # its own, which nobody could tell from ours
 
