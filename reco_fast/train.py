@@ -19,6 +19,7 @@ from torchvision.utils import make_grid
 
 from reco_fast import distributed
 from reco_fast.data import open_data, passed_over, rules_of
+from reco_fast.distributed.stopping import Agreement, StopRequest
 from reco_fast.evaluation.features import Features, features_of, knn_top1, labelled_features
 from reco_fast.method.losses import loss_runs
 from reco_fast.method.optim import optimizer_name
@@ -95,7 +96,7 @@ def train(config: Config, name: str = "run", on_metrics: Callable[[dict[str, Any
                 wandb_beside(folder, project, config.to_json()) if project else nullcontext(),
                 RunLog(folder if writes else None, run.stop_at, state.step, on_metrics) as log,
                 checkpoint.Writer(folder / "checkpoints") as writer,
-                distributed.StopRequest() as stop,
+                StopRequest() as stop,
             ):
                 told = (*state.student.notes, *validation, *passed_over(config, source, labelled), *left_out)
                 for line in (introduction(run, state), *told):
@@ -125,7 +126,7 @@ def loop(
     stage: Stage,
     log: RunLog,
     writer: checkpoint.Writer,
-    stop: distributed.StopRequest,
+    stop: StopRequest,
 ) -> None:
     """Fetch, step, log, evaluate, checkpoint; from `state.step` to the end or to a request to stop.
 
@@ -135,7 +136,7 @@ def loop(
     if state.step == 0:
         progress.knn_top1_initial = progress.knn_top1 = evaluate_student(run, state, progress, log)
         say_notices(run, log, state.device)
-    meter, agreement = Meter(state.device), distributed.Agreement()
+    meter, agreement = Meter(state.device), Agreement()
     sums = torch.tensor(progress.sums, device=state.device)
     utilisation = utilisation_per_image(state, stage.phase.config) if profile.enabled else None
     traces = run.folder / "tensorboard" if profile.enabled else None

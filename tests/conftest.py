@@ -86,17 +86,14 @@ def s3_server() -> Iterator[S3Server]:
 
 
 @pytest.fixture
-def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     """A store with an empty bucket and without faults, which this process and its children find."""
-    from s3fs import S3FileSystem
-
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
     s3_server.heal()
     s3_server.empty()
     s3_server.forget()
-    yield s3_server
-    S3FileSystem.clear_instance_cache()  # which know this environment
+    return s3_server
 
 
 @pytest.fixture

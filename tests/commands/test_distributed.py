@@ -17,8 +17,9 @@ LONG = (
 AGREE = """
 import torch
 from reco_fast import distributed
+from reco_fast.distributed.stopping import Agreement
 with distributed.process_group(torch.device("cpu")):
-    agreement, rank = distributed.Agreement(), distributed.rank()
+    agreement, rank = Agreement(), distributed.rank()
     answers = [agreement.any(step == 3 and rank == 1, step == 5 and rank == 0) for step in range(4)]
     agreement.forget()
     answers += [agreement.any(step == 3 and rank == 1, step == 5 and rank == 0) for step in range(4, 8)]

@@ -12,7 +12,8 @@ import pytest
 from launchers import ENVIRONMENT
 from small_runs import SMALL, write_classes, write_pictures
 
-from reco_fast import distributed, evaluate, train
+from reco_fast import evaluate, train
+from reco_fast.distributed.stopping import StopRequest
 from reco_fast.evaluation import pictures
 from reco_fast.settings import command_line
 
@@ -60,7 +61,7 @@ def test_a_run_saves_itself_and_says_how_to_go_on(name: str, images: Path, tmp_p
 def test_what_is_ignored_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
     try:
-        with distributed.StopRequest() as stop:
+        with StopRequest() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             assert stop.signal_name is None
             os.kill(os.getpid(), signal.SIGUSR1)

@@ -20,7 +20,7 @@ FLOORS = (
     ("run",),
     ("profiling.flops",),
     ("method", "reco_fast.data"),
-    ("reco_fast.distributed",),
+    ("distributed",),
     ("settings", "kernels", "pipelines", "profiling.trace", "reco_fast"),
     ("reco_fast.errors",),
 )

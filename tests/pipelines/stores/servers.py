@@ -4,8 +4,8 @@
         server.delay, server.rate = 0.05, 100e6
         server.fail("*/3.tar", 500, times=2)
 
-The fixture `s3` of conftest.py gives an `S3Server`, one for all tests of a process. For a benchmark, which a server in a
-thread of its process would disturb, there is `served_apart`, and by hand, with the URL as the first line of output,
+The fixture `s3` of conftest.py gives an `S3Server`, one for all tests of a process. For a benchmark, which a server in
+a thread of its process would disturb, there is `served_apart`, and by hand, with the URL as the first line of output,
 
     python tests/pipelines/stores/servers.py FOLDER --delay 0.05 --rate 100e6
 
@@ -26,17 +26,18 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 from urllib.parse import quote, unquote
 
 __all__ = ["HttpServer", "S3Server", "served_apart"]
 
 _LISTENING: weakref.WeakSet[socket.socket] = weakref.WeakSet()
-Kind = int | Literal["cut", "drip", "close", "whole", "changed"]
+Kind = int | Literal["cut", "short", "drip", "close", "whole", "changed"]
 CHUNK = 1 << 18
 DRIP = 0.2  # seconds for each byte
 
@@ -50,20 +51,24 @@ def _listen_no_more() -> None:
 os.register_at_fork(after_in_child=_listen_no_more)
 
 
-class Asked(NamedTuple):
+@dataclass
+class Asked:
     """A request: `range` is its header or "", `sent` the bytes of the body that went out, `client` its header X-Client
     (a process that has FSSPEC_HTTP_CLIENT_KWARGS='{"headers": {"X-Client": "1"}}' when it starts sends one)."""
 
     method: str
     path: str
     range: str
-    sent: int
     client: str
+    sent: int = 0
 
 
+@dataclass
 class Fault:
-    def __init__(self, pattern: str, kind: Kind, times: float, method: str) -> None:
-        self.pattern, self.kind, self.times, self.method = pattern, kind, times, method
+    pattern: str
+    kind: Kind
+    times: float
+    method: str
 
 
 class Server:
@@ -90,8 +95,9 @@ class Server:
     def fail(self, pattern: str, kind: Kind, times: float = float("inf"), method: str = "") -> None:
         """The next `times` requests whose path, as "/folder/name", fits `pattern` go wrong. The oldest fault is first.
 
-        kind: the status of the answer; or "cut": half of the body, then the connection is closed; "drip": a few bytes a
-        second; "close": the connection is closed without an answer; "whole": Range is ignored; "changed": another ETag.
+        kind: the status of the answer; or "cut": half of the body, then the connection is closed; "short" (of http):
+        the first byte, as if that were all; "drip": a few bytes a second; "close": the connection is closed without an
+        answer; "whole": Range is ignored; "changed": another ETag.
         """
         with self._lock:
             self._faults.append(Fault(pattern, kind, times, method))
@@ -116,6 +122,7 @@ class Server:
         return sum(each.sent for each in list(self.asked))
 
     def note(self, asked: Asked) -> None:
+        """Before the answer, or who has it might count too early."""
         with self._lock:
             self.asked.append(asked)
 
@@ -235,23 +242,22 @@ class _Answer(BaseHTTPRequestHandler):
     def answer(self) -> None:
         path = unquote(self.path.partition("?")[0])
         if path == "/.counters":
+            self.asked = Asked("GET", path, "", "")
             return self.send(json.dumps({"requests": self.owner.requests, "bytes": self.owner.bytes}).encode())
+        client = self.headers.get("X-Client", "")
+        self.asked = Asked(self.command, path, self.headers.get("Range", ""), client)
+        self.owner.note(self.asked)
         kind = self.owner.fault(self.command, path)
         if self.owner.delay:
             time.sleep(self.owner.delay)
-        sent = 0
-        try:
-            if kind == "close":
-                self.close_connection = True
-            elif isinstance(kind, int):
-                sent = self.send(b"", status=kind)
-            else:
-                sent = self.send_place(path, kind)
-        finally:
-            client = self.headers.get("X-Client", "")
-            self.owner.note(Asked(self.command, path, self.headers.get("Range", ""), sent, client))
+        if kind == "close":
+            self.close_connection = True
+        elif isinstance(kind, int):
+            self.send(b"", status=kind)
+        else:
+            self.send_place(path, kind)
 
-    def send_place(self, path: str, kind: Kind | None) -> int:
+    def send_place(self, path: str, kind: Kind | None) -> None:
         place = self.owner.folder / path.strip("/")
         if ".." in path.split("/") or not place.exists():
             return self.send(b"", status=404)
@@ -271,17 +277,21 @@ class _Answer(BaseHTTPRequestHandler):
                 end = min(end, int(last) + 1) if first and last else end
                 if start >= end:
                     return self.send(b"", status=416)
+                end = start + 1 if kind == "short" else end
                 headers["Content-Range"], status = f"bytes {start}-{end - 1}/{found.st_size}", 206
             self.send_head(status, end - start, headers)
-            if self.command == "HEAD":
-                return 0
+            if self.command == "HEAD" or start == end:
+                return
             if kind is None and self.owner.rate == self.owner.rate_each == float("inf"):
-                return self.connection.sendfile(file, start, end - start) if end > start else 0
-            return self.send_body(os.pread(file.fileno(), end - start, start), kind)
+                self.asked.sent = end - start
+                self.asked.sent = self.connection.sendfile(file, start, end - start)
+            else:
+                self.send_body(os.pread(file.fileno(), end - start, start), kind)
 
-    def send(self, body: bytes, status: int = 200, type: str = "application/octet-stream") -> int:
+    def send(self, body: bytes, status: int = 200, type: str = "application/octet-stream") -> None:
         self.send_head(status, len(body), {"Content-Type": type})
-        return 0 if self.command == "HEAD" else self.send_body(body, None)
+        if self.command != "HEAD":
+            self.send_body(body, None)
 
     def send_head(self, status: int, size: int, headers: dict[str, str]) -> None:
         self.send_response(status)
@@ -291,16 +301,11 @@ class _Answer(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
 
-    def send_body(self, body: bytes, kind: Kind | None) -> int:
-        sent = 0
-        try:
-            for piece in self.owner.pieces(body, kind):
-                self.connection.sendall(piece)
-                sent += len(piece)
-        except ConnectionError:
-            pass
-        self.close_connection = self.close_connection or sent < len(body)
-        return sent
+    def send_body(self, body: bytes, kind: Kind | None) -> None:
+        for piece in self.owner.pieces(body, kind):
+            self.asked.sent += len(piece)
+            self.connection.sendall(piece)
+        self.close_connection = self.close_connection or self.asked.sent < len(body)
 
 
 class S3Server(Server):
@@ -397,16 +402,15 @@ class S3Server(Server):
 
     def _answer(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"].encode("latin-1").decode("utf-8", "replace")
-        asked = Asked(method, path, environ.get("HTTP_RANGE", ""), 0, environ.get("HTTP_X_CLIENT", ""))
+        asked = Asked(method, path, environ.get("HTTP_RANGE", ""), environ.get("HTTP_X_CLIENT", ""))
+        self.note(asked)
         kind = self.fault(method, path)
         if self.delay:
             time.sleep(self.delay)
         if kind == "close":
-            self.note(asked)
             environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
             raise ConnectionError
         if isinstance(kind, int):
-            self.note(asked)
             name = HTTPStatus(kind).phrase.replace(" ", "")
             body = f"<Error><Code>{name}</Code><Message>made up by the test</Message></Error>".encode()
             start_response(f"{kind} {name}", [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
@@ -420,8 +424,12 @@ class S3Server(Server):
             return start_response(status, headers, *rest)
 
         body = b"".join(self._moto(environ, begin))
-        self.note(asked._replace(sent=0 if method == "HEAD" else len(body)))
-        return self.pieces(body, kind)
+        return self._counted(asked, self.pieces(body, kind))
+
+    def _counted(self, asked: Asked, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        for piece in pieces:
+            asked.sent += len(piece) if asked.method != "HEAD" else 0
+            yield piece
 
 
 @contextlib.contextmanager
