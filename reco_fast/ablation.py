@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from reco_fast.data import open_data
+from reco_fast.data.images import open_data
 from reco_fast.errors import ConfigError
 from reco_fast.evaluation.features import Features, labelled_features, linear_top1
 from reco_fast.method.model import channels_last

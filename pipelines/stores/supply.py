@@ -164,7 +164,7 @@ class ShardSupply(Supply):
             try:
                 hold = self._shards.cache.fetch(self._shards.stored[shard], self._closing) if wanted else None
             except Lost as error:
-                state, why = LOST, error.strerror
+                state, why = LOST, str(error.strerror)
                 self._shards.lost[shard] = why
             except NoRoom:
                 pass

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from reco_fast import ablation, check_images, embed, evaluate, export, train
-from reco_fast.data import recipe
+from reco_fast.data.loaders import recipe
 from reco_fast.errors import ConfigError
 from reco_fast.profiling.benchmarks.growth import Growth
 from reco_fast.profiling.benchmarks.step import Benchmark

@@ -97,9 +97,7 @@ def test_from_s3(s3: S3Server, web: HttpServer, tmp_path: Path) -> None:
         assert there.fingerprint() == local(web).fingerprint()
     below = open_source(f"{s3.bucket}/train", stores=stores)
     assert list(below.names) == list(local(web).names)
-    assert [below.read(index) for index in range(len(below))] == [
-        local(web).read(index) for index in range(len(below))
-    ]
+    assert [below.read(index) for index in range(len(below))] == [local(web).read(index) for index in range(len(below))]
 
 
 def test_what_is_in_shards_is_looked_at_once(web: HttpServer, tmp_path: Path) -> None:
@@ -223,7 +221,9 @@ def test_a_lost_shard_ends_a_run_that_wants_all(
     there = opened()
     web.fail("/2.tar", 404)
     with (
-        open_loader(kind, there, tiny(), blocks(there), device="cpu", seed=7, workers=1, on_bad_image="raise") as loader,
+        open_loader(
+            kind, there, tiny(), blocks(there), device="cpu", seed=7, workers=1, on_bad_image="raise"
+        ) as loader,
         pytest.raises(DataError, match=r"2\.tar/.*: .*there is no such file in the store"),
     ):
         _ = [next(loader) for _ in range(10)]
@@ -232,7 +232,12 @@ def test_a_lost_shard_ends_a_run_that_wants_all(
 @both_loaders
 @pytest.mark.parametrize("fault", [403, "close"])
 def test_a_store_that_does_not_let_us_in_any_more_ends_the_run(
-    kind: Any, fault: Any, opened: Callable[..., ImageSource], web: HttpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: Any,
+    fault: Any,
+    opened: Callable[..., ImageSource],
+    web: HttpServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Nothing stands in for images that are there."""
     monkeypatch.setattr(store, "PATIENCE", 0.5)
