@@ -42,7 +42,7 @@ def index_lines(shards: Iterable[IndexedShard], folder: str) -> Iterator[str]:
         content = shard.content._asdict() | {"aside": {str(n): kind for n, kind in shard.content.aside.items()}}
         values = {
             "url": shard.place.removeprefix(inside),
-            "nsamples": len(shard.content.names),
+            "nsamples": shard.content.samples,
             "filesize": shard.stat.size,
             "tag": shard.stat.tag,
             "name": shard.name,
