@@ -15,7 +15,7 @@ FOLDERS = ("reco_fast", "kernels", "pipelines", "profiling")
 FLOORS = (
     ("profiling",),  # looks on from outside, but for the two modules below
     ("reco_fast.__main__",),
-    ("commands",),
+    ("commands", "make_shards"),
     ("evaluation",),
     ("run",),
     ("profiling.flops",),
