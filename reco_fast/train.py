@@ -15,7 +15,6 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.utils import make_grid
 
 from reco_fast import distributed
 from reco_fast.data import open_data, passed_over, rules_of
@@ -247,6 +246,8 @@ def evaluate_student(run: Run, state: TrainState, progress: Progress, log: RunLo
 
 def view_grid(batch: Batch, recipe: Recipe) -> Tensor:
     """[3, H, W] in 0..1: a row for each of the first 8 images, a column for each view, all as large as the first."""
+    from torchvision.utils import make_grid
+
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (recipe.mean, recipe.std))
     size = batch.views[0].shape[2:]
     views = [interpolate(view[:8].float().cpu(), size) * std + mean for view in batch.views]  # whole pixels, enlarged
