@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import ImageOps
-from torch.utils.tensorboard import SummaryWriter
 
 from reco_fast.errors import ConfigError
 from reco_fast.pipelines.images import decode_image
@@ -163,6 +162,8 @@ def write_parquet(path: Path, found: Embeddings, source: ImageSource) -> None:
 
 def write_projector(folder: Path, found: Embeddings, source: ImageSource, *, workers: int) -> None:
     """What `tensorboard --logdir FOLDER` shows in its Projector tab, of evenly chosen images where there are many."""
+    from torch.utils.tensorboard import SummaryWriter
+
     rows = np.linspace(0, len(found.features) - 1, min(len(found.features), PROJECTOR_IMAGES)).astype(np.int64)
 
     def thumbnail(index: int) -> NDArray[np.uint8]:

@@ -13,7 +13,7 @@ IMPORT_EACH = (  # room; without those that take seconds, which one test below i
     "reco_fast.pipelines.sources.open, reco_fast.pipelines.bad_images.journal, reco_fast.profiling.trace, "
     "reco_fast.profiling.benchmarks.machine; import cProfile, profile; print(reco_fast.kernels.reference.__name__)"
 )
-IMPORT_ALL = f"import reco_fast.train, reco_fast.evaluate; {IMPORT_EACH}"
+IMPORT_ALL = f"import reco_fast.train, reco_fast.training.loop, reco_fast.evaluate; {IMPORT_EACH}"
 
 
 @pytest.mark.parametrize("folder", ["kernels", "pipelines", "profiling"])
