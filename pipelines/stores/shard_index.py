@@ -65,7 +65,7 @@ def read_index(place: str) -> Iterator[IndexedShard]:
 
 def _shard(values: Any, folder: str) -> IndexedShard:
     url = values["url"]
-    if not isinstance(url, str) or "\0" in url:
+    if not isinstance(url, str) or "\0" in url or (is_url(folder) and os.path.isabs(url)):  # a path of whose machine?
         raise ValueError("a url")
     place = url if is_url(url) or os.path.isabs(url) else f"{folder}/{url}" if folder else url
     if is_url(place):
