@@ -3,7 +3,7 @@
 python examples/from_python.py
 """
 
-# %% What to train on, and how long. `train={"epochs": 30}` is the whole quickstart.
+# %% What to train on, and how long. Without `max_steps` it is the whole quickstart.
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any

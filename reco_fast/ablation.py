@@ -5,6 +5,7 @@ passes and as long.
 
 Every run is an ordinary training run in a folder of its own, so a stopped ablation goes on with the same command. The
 results: a line for each run in `ablation.jsonl`, the table in `ablation.md`, the learning curves in `ablation.png`.
+Where a preset or file has no global relation, such as quickstart, it has weight 1 here unless a flag says otherwise.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from reco_fast.data import open_data
+from reco_fast.data.images import open_data
 from reco_fast.errors import ConfigError
 from reco_fast.evaluation.features import Features, labelled_features, linear_top1
 from reco_fast.method.model import channels_last
@@ -28,7 +29,7 @@ from reco_fast.run.arguments import CONFIG_HELP, preset_and_rest
 from reco_fast.run.files import parse_json, read_text, write_text
 from reco_fast.run.run_folder import load_run
 from reco_fast.settings import command_line
-from reco_fast.settings.config import Config
+from reco_fast.settings.config import Config, LossConfig, updated
 from reco_fast.settings.methods import METHODS, RELATIONS
 from reco_fast.settings.terminal import say, show
 from reco_fast.settings.typed import WithPaths
@@ -107,6 +108,8 @@ def main() -> NoReturn:
 def parse(argv: Sequence[str]) -> tuple[str, AblationConfig]:
     """The preset's name and the configuration that all runs share."""
     preset, default, rest = preset_and_rest(argv)
+    if not default.loss.global_weight:  # or "global" would be MoCo, and "both" the local relation
+        default = updated(default, {"loss": {"global_weight": LossConfig.global_weight}})
     prog, options = f"python -m reco_fast.ablation {preset}", AblationConfig(**sections(default))
     description = f"{__doc__}\n{CONFIG_HELP}"
     return preset, command_line.parse(AblationConfig, rest, prog=prog, description=description, default=options)

@@ -13,14 +13,15 @@ from typing import Annotated, Literal, NoReturn
 
 import tyro
 
-from reco_fast.data import available_cores
+from reco_fast.data.images import open_images
+from reco_fast.data.loaders import available_cores
 from reco_fast.errors import ConfigError
 from reco_fast.pipelines.bad_images.probe import probe_all
 from reco_fast.pipelines.loader import resolve
-from reco_fast.pipelines.sources.open import open_source
 from reco_fast.run.files import write_text
 from reco_fast.run.quarantine import known_reasons, manifest_line
 from reco_fast.settings import command_line
+from reco_fast.settings.config import DataConfig
 from reco_fast.settings.terminal import say
 from reco_fast.settings.typed import WithPaths, shell_word
 
@@ -50,7 +51,7 @@ def check(command: CheckCommand) -> int:
     """Write the manifest. Raises ConfigError or DataError."""
     if command.output.is_dir():
         raise ConfigError(f"--output: expected a file, got the folder {command.output}")
-    source = open_source(command.path)
+    source = open_images(command.path, DataConfig())
     say(source.passed_over.line())
     stamps = [source.stamp(index) for index in range(len(source))]
     exists = command.output.exists()

@@ -22,7 +22,8 @@ import tyro
 from numpy.typing import NDArray
 from torch import nn
 
-from reco_fast.data import loader_workers, open_evaluation_loader, open_images
+from reco_fast.data.images import open_images
+from reco_fast.data.loaders import loader_workers, open_evaluation_loader
 from reco_fast.errors import ConfigError
 from reco_fast.evaluation.embedding_files import Part, Parts, name_bad_images, write_npz, write_parquet, write_projector
 from reco_fast.evaluation.features import outputs
@@ -48,13 +49,17 @@ PART_SECONDS = 30.0  # of work that an interruption loses at most
 @dataclass(frozen=True)
 class ImagesConfig(WithPaths):
     path: Place = None
-    """A folder at any depth, WebDataset .tar shards, cifar10:test or hf:NAME."""
+    """A folder at any depth, WebDataset .tar shards or their index.json, also by URL; cifar10:test or hf:NAME."""
     loader: Literal["auto", "dali", "torch"] = "auto"
     """auto takes DALI where it is installed."""
     workers: int = 0
     """Loader threads (DALI) or processes (torch); 0 means one for each core."""
     on_bad_image: Literal["skip", "raise"] = "skip"
     """skip leaves out a file that cannot be decoded and names it in FILE.bad_images.txt."""
+    cache: Path | None = None
+    """Folder for shards that come from a URL; unless said, one in ~/.cache/reco_fast."""
+    cache_gb: float = 50.0
+    """Most that they take there, in 10⁹ bytes."""
     background: str | None = None
     """Colour behind transparent images; unless said, the run's."""
     range: Annotated[tuple[float, float] | None, tyro.conf.arg(metavar="LOW HIGH")] = None
@@ -160,6 +165,8 @@ def embed(command: EmbedCommand) -> int:
         raise ConfigError(f"--projector: expected a new or an empty folder, got {command.projector}")
     work = opened(command.run_dir, command.data, command.which, command.batch_size, command.device)
     source = work.source
+    for line in source.notes:
+        say(line)
     say(source.passed_over.line())
     if BESIDE in source.unlabelled:
         say(f"no labels: {source.unlabelled}")

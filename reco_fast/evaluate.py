@@ -18,7 +18,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from reco_fast.data import LabelledData, open_images, open_labelled
+from reco_fast.data.images import LabelledData, open_images, open_labelled
 from reco_fast.errors import ConfigError
 from reco_fast.evaluation import classifiers, pictures
 from reco_fast.evaluation.embedding_files import name_bad_images
@@ -27,7 +27,6 @@ from reco_fast.method.model import channels_last
 from reco_fast.method.state import pick_device
 from reco_fast.pipelines.sources.image_source import ImageSource
 from reco_fast.pipelines.sources.labels import BESIDE
-from reco_fast.pipelines.sources.open import open_source
 from reco_fast.run import checkpoint, quarantine
 from reco_fast.run.diagnostics import spread
 from reco_fast.run.files import write_json, write_text
@@ -43,7 +42,7 @@ SWEEP_K = (1, 5, 10, 20, 50, 100, 200, 500)
 SWEEP_TEMPERATURES = (0.03, 0.07, 0.1, 0.2, 1.0)
 
 
-OF_IMAGES = ("path", "val_path", "loader", "workers", "on_bad_image", "range")
+OF_IMAGES = ("path", "val_path", "loader", "workers", "on_bad_image", "range", "cache", "cache_gb")
 """Settings of data that may be others than those of the run."""
 
 
@@ -76,7 +75,9 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
     if path is None:
         raise ConfigError("--data.path: expected images to evaluate with, got nothing")
     source = open_images(path, config.data)
-    labelled = open_labelled(source, val_path, flag) if val_path is not None else None
+    labelled = open_labelled(source, val_path, config.data, flag) if val_path is not None else None
+    for line in source.notes:
+        say(line)
     say(source.passed_over.line())
     if BESIDE in source.unlabelled:
         say(f"no labels: {source.unlabelled}")
@@ -138,7 +139,7 @@ def are_own(given: DataConfig, run: Config, folder: Path) -> bool:
     val_path = run.data.val_path
     if given.val_path is not None or val_path is None or not is_there(val_path):  # then nothing depends on it
         return False
-    return open_source(given.path).fingerprint() == checkpoint.fingerprint(folder / "checkpoints")
+    return open_images(given.path, given).fingerprint() == checkpoint.fingerprint(folder / "checkpoints")
 
 
 def chosen_data(given: DataConfig, run: Config, *, own: bool) -> tuple[DataConfig, str]:

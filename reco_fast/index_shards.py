@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import tyro
 
-from reco_fast.data import stores_of
+from reco_fast.data.images import stores_of
 from reco_fast.errors import ConfigError
 from reco_fast.pipelines.stores import store
 from reco_fast.pipelines.stores.opening import shards_at

@@ -18,7 +18,7 @@ from torch.nn.functional import interpolate
 from torchvision.utils import make_grid
 
 from reco_fast import distributed
-from reco_fast.data import open_data, passed_over, rules_of
+from reco_fast.data.images import open_data, passed_over, rules_of
 from reco_fast.distributed.stopping import Agreement, StopRequest
 from reco_fast.evaluation.features import Features, features_of, knn_top1, labelled_features
 from reco_fast.method.losses import loss_runs

@@ -225,9 +225,10 @@ def odd(work: Path, arguments: argparse.Namespace) -> None:
     listed = sum(path.is_symlink() or path.is_file() for path in images.rglob("*.*"))
     # The file goes after the folder has been listed, before it is read.
     vanish = (
-        "import os, sys; from reco_fast import data, train; real = data.open_source\n"
-        "def listed(path):\n    source = real(path)\n    os.unlink(f'{path}/class1/vanishes.jpg')\n    return source\n"
-        "data.open_source = listed; train.main()"
+        "import os; from reco_fast import train; from reco_fast.data import images; real = images.open_source\n"
+        "def listed(path, *how):\n    source = real(path, *how)\n    os.unlink(f'{path}/class1/vanishes.jpg')\n"
+        "    return source\n"
+        "images.open_source = listed; train.main()"
     )
     for batch in ("32", "128"):
         (images / "class1" / "vanishes.jpg").write_bytes(encode(picture(), "JPEG"))

@@ -16,6 +16,7 @@ __all__ = ["PROFILED_STEPS", "SMALL", "metrics", "write_classes", "write_picture
 SMALL = (
     "--model.arch timm/test_resnet --model.stem standard --model.bank-size 32 --model.projection-dim 16 "
     "--model.key-norm batch --loss.ramp 0 --loss.keys strong --loss.no-mix-within --loss.mix-share 1 "
+    "--loss.global-weight 1 "
     "--train.batch-size 16 --train.device cpu"
 ).split()
 PROFILED_STEPS = 3  # of the run that the fixture `profiled` makes

@@ -62,7 +62,7 @@ class PackedNames(Sequence[str]):
 
     def digest(self) -> bytes:
         digest = hashlib.sha256(self._letters)
-        digest.update(self._ends)
+        digest.update(self._ends.data)
         return digest.digest()
 
 

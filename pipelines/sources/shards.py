@@ -47,6 +47,8 @@ class TarSource(ImageSource):
         contents: for each the name with which those of its images begin, and what is inside; read one by one.
     """
 
+    ends: list[int]
+
     def __init__(self, shards: list[str], contents: Iterable[tuple[str, ShardContent]], rules: Rules = NOW) -> None:
         self.shards = shards
         unreadable: dict[str, str] = {}

@@ -1,10 +1,11 @@
 """Opens what is behind a URL: shards by their index, which is made where there is none, or files one by one."""
 
-import hashlib
 import json
 import os
 import posixpath
+import tempfile
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from glob import has_magic
@@ -193,7 +194,8 @@ def indexed(shards: Sequence[IndexedShard], rules: Rules, cache: ShardCache, sto
     (cache.folder / "index").mkdir(exist_ok=True)
     missing = [shard for shard in known if shard.content is None and not _kept(cache, shard).is_file()]
     done, told = 0, time.monotonic()
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
+    largest = max((shard.stat.size for shard in missing if shard.stat), default=0)
+    with ThreadPoolExecutor(max(1, min(_AT_ONCE, cache.limit // max(largest, 1)))) as pool:
         for _ in pool.map(lambda shard: _index(shard, rules, cache), missing):
             done += 1
             if time.monotonic() - told > _TELL:
@@ -227,7 +229,31 @@ def _index(shard: IndexedShard, rules: Rules, cache: ShardCache) -> None:
         content = index_shard(os.fspath(cache.path(stored)), rules, shard.place)
     finally:
         hold.release()
-    path = _kept(cache, shard)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.{hashlib.sha256(os.urandom(8)).hexdigest()[:8]}")
-    temporary.write_text(json.dumps(content._asdict()), encoding="utf-8", errors="surrogateescape")
-    temporary.rename(path)
+    _write(_kept(cache, shard), json.dumps(content._asdict()))
+
+
+def packed_index(source: ImageSource) -> bytes:
+    """What was found inside its shards, for hosts with other caches; nothing where that is known otherwise."""
+    if not isinstance(source, StoredTarSource):
+        return b""
+    places = [source.cache.folder / "index" / f"{shard.key}.json" for shard in source.stored]
+    found = {path.name: path.read_text("utf-8", "surrogateescape") for path in places if path.is_file()}
+    return zlib.compress(json.dumps(found).encode()) if found else b""
+
+
+def unpack_index(packed: bytes, stores: Stores) -> None:
+    if not packed:
+        return
+    folder = open_cache(stores).folder / "index"
+    folder.mkdir(exist_ok=True)
+    for name, text in json.loads(zlib.decompress(packed)).items():
+        if not (folder / name).is_file():
+            _write(folder / name, text)
+
+
+def _write(path: Path, text: str) -> None:
+    """Appears whole, whoever else writes the same."""
+    file, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    with open(file, "w", encoding="utf-8", errors="surrogateescape") as opened:
+        opened.write(text)
+    os.rename(temporary, path)

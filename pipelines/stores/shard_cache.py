@@ -69,7 +69,7 @@ class ShardCache:
             return None
         fcntl.flock(file, fcntl.LOCK_SH)  # who removes a shard holds it for an instant
         if not _is_at(file, self.path(shard)):
-            os.close(file)
+            _unlock(file)
             return None
         os.utime(file)  # the latest use
         return Hold(file)
@@ -118,8 +118,7 @@ class ShardCache:
 
     def _make_room(self, part: int, size: int) -> None:
         """Take `size` bytes of the disk for a part, in place of shards that nobody uses, the longest unused first."""
-        with open(self.folder / ".lock", "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with _alone(self.folder / ".lock"):
             files = []
             for path in self._shards.iterdir():
                 with contextlib.suppress(FileNotFoundError):
@@ -143,8 +142,7 @@ class Hold:
         self._file = file
 
     def release(self) -> None:
-        fcntl.flock(self._file, fcntl.LOCK_UN)  # closing alone would leave it to copies in forked processes
-        os.close(self._file)
+        _unlock(self._file)
 
 
 def _on_disk(write: Callable[[], object]) -> None:
@@ -154,6 +152,22 @@ def _on_disk(write: Callable[[], object]) -> None:
         if error.errno in _FULL:
             raise NoRoom(f"the disk of the cache is full ({error.strerror})") from None
         raise
+
+
+def _unlock(file: int) -> None:
+    fcntl.flock(file, fcntl.LOCK_UN)  # closing alone would leave the lock to copies in forked processes
+    os.close(file)
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One at a time."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        _unlock(file)
 
 
 @contextlib.contextmanager
@@ -171,9 +185,8 @@ def _locked(path: Path) -> Iterator[int | None]:
             return
         os.ftruncate(file, 0)
         yield file
-        fcntl.flock(file, fcntl.LOCK_UN)
     finally:
-        os.close(file)
+        _unlock(file)
 
 
 def _remove_unused(path: Path) -> bool:
@@ -188,8 +201,7 @@ def _remove_unused(path: Path) -> bool:
     except BlockingIOError:
         return False
     finally:
-        fcntl.flock(file, fcntl.LOCK_UN)
-        os.close(file)
+        _unlock(file)
     return True
 
 

@@ -76,6 +76,7 @@ class StoredTarSource(TarSource):
         offset = int(self._offsets[index])
         size = min(int(self._sizes[index]), self.stored[number].stat.size - offset)  # less where the shard is cut
         while True:
+            state = self.board.state(number)  # first: a shard that comes in between is there
             try:
                 with open(self._paths[number], "rb", buffering=0) as file:
                     data = os.pread(file.fileno(), size, offset)
@@ -83,7 +84,6 @@ class StoredTarSource(TarSource):
                         return data
             except FileNotFoundError:
                 pass
-            state = self.board.state(number)
             if state == LOST:
                 raise Lost(f"its shard cannot be had: {self.board.why(number)}")
             if failure := self.board.failure:

@@ -2,7 +2,7 @@
 
 import mmap
 import threading
-from collections.abc import Callable
+from queue import SimpleQueue
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +15,8 @@ from reco_fast.pipelines.stores.shard_cache import Hold, NoRoom, ShardCache, Sto
 from reco_fast.pipelines.stores.store import Lost
 
 FETCHERS = 4  # shards at a time
+_AT_FIRST = 8  # batches
+_POLITE = 1.0  # seconds
 _SLOT = 256  # bytes for each shard
 NOTHING, COMING, LOST = b"\0", b"\1", b"\2"
 
@@ -62,23 +64,28 @@ class ShardSupply(Supply):
     """For the batches of `order` from `step` on: at most `limit` bytes of shards at a time, in the order in which they
     are needed. `advance` says that another batch has been used.
 
-    A shard that does not fit is not waited for; its images are then read alone. Nor is any in an order that needs all
-    of them at once: they come while images are read alone.
+    Images of a shard that is on its way are waited for. They are read alone where it does not fit, or where its turn
+    has not come yet of the many with which an order begins; and so are those of an order that needs all shards at once:
+    these come meanwhile.
     """
 
     def __init__(self, shards: Shards, order: Order, step: int, limit: int) -> None:
         self._shards = shards
         self._order = order
         self._limit = limit
-        self._on_its_way = COMING if order.in_runs else NOTHING
         self._used = step  # batches before this one need nothing any more
         self._last: dict[int, int] = {}  # shard → the last batch, of those looked at, that needs it
         self._holds: dict[int, Hold] = {}
         self._bytes = 0
+        self._begins = True  # until all that is wanted has come for the first time
+        self._under_way = 0
         self._changed = threading.Condition()
         self._closing = threading.Event()
-        self._free = threading.Semaphore(FETCHERS)
-        _start(self._plan, "reco_fast supply")
+        self._wanted: SimpleQueue[int | None] = SimpleQueue()
+        planned = threading.Event()
+        for work in (lambda: self._plan(planned), *[self._fetch] * FETCHERS):
+            threading.Thread(target=work, name="reco_fast supply", daemon=True).start()
+        planned.wait(_POLITE)  # or the first images would be read alone
 
     def advance(self) -> None:
         with self._changed:
@@ -94,6 +101,8 @@ class ShardSupply(Supply):
             for shard in list(self._last):
                 self._drop(shard)
             self._changed.notify_all()
+        for _ in range(FETCHERS):
+            self._wanted.put(None)
 
     def _drop(self, shard: int) -> None:
         del self._last[shard]
@@ -103,19 +112,22 @@ class ShardSupply(Supply):
         if self._shards.board.state(shard) == COMING:
             self._shards.board.set(shard, NOTHING)
 
-    def _plan(self) -> None:
-        step = self._used
+    def _plan(self, planned: threading.Event) -> None:
+        step, first = self._used, self._used
         while not self._closing.is_set() and (self._order.steps is None or step < self._order.steps):
             for shard in self._shards.shards_of(self._order.batch(step)[1]):
-                if not self._want(shard, step):
+                if not self._want(shard, step, planned):
                     return
+            step += 1
+            if step == first + _AT_FIRST:
+                planned.set()
             if len(self._last) == len(self._shards.stored):  # all of it fits
                 with self._changed:
                     self._last = dict.fromkeys(self._last, 2**62)
-                return
-            step += 1
+                break
+        planned.set()
 
-    def _want(self, shard: int, step: int) -> bool:
+    def _want(self, shard: int, step: int, planned: threading.Event) -> bool:
         """Have it fetched unless it is. False at the end."""
         size = self._shards.stored[shard].stat.size
         with self._changed:
@@ -124,6 +136,7 @@ class ShardSupply(Supply):
                 return True
             # With nothing else under way it may be larger than the limit.
             while self._last and self._bytes + size > self._limit and not self._closing.is_set():
+                planned.set()
                 self._changed.wait()
             if self._closing.is_set():
                 return False
@@ -131,33 +144,39 @@ class ShardSupply(Supply):
             self._bytes += size
             if self._shards.board.state(shard) == LOST:
                 return True
-            self._shards.board.set(shard, self._on_its_way)
-        self._free.acquire()
-        _start(lambda: self._fetch(shard), "reco_fast fetch")
+            if not self._begins or self._under_way < FETCHERS:
+                self._on_its_way(shard)
+            self._under_way += 1
+        self._wanted.put(shard)
         return True
 
-    def _fetch(self, shard: int) -> None:
-        hold, state, why = None, NOTHING, ""
-        try:
-            hold = self._shards.cache.fetch(self._shards.stored[shard], self._closing)
-        except Lost as error:
-            state, why = LOST, error.strerror
-            self._shards.lost[shard] = why
-        except NoRoom:
-            pass
-        except DataError as error:
-            self._shards.board.failure = str(error)
-        except OSError as error:
-            self._shards.board.failure = f"{self._shards.cache.folder}: {error.strerror or error}"
-        finally:
-            self._free.release()
+    def _on_its_way(self, shard: int) -> None:
+        if self._order.in_runs:
+            self._shards.board.set(shard, COMING)
+
+    def _fetch(self) -> None:
+        while (shard := self._wanted.get()) is not None:
+            with self._changed:
+                wanted = shard in self._last and not self._closing.is_set()
+                if wanted:
+                    self._on_its_way(shard)
+            hold, state, why = None, NOTHING, ""
+            try:
+                hold = self._shards.cache.fetch(self._shards.stored[shard], self._closing) if wanted else None
+            except Lost as error:
+                state, why = LOST, str(error.strerror)
+                self._shards.lost[shard] = why
+            except NoRoom:
+                pass
+            except DataError as error:
+                self._shards.board.failure = str(error)
+            except OSError as error:
+                self._shards.board.failure = f"{self._shards.cache.folder}: {error.strerror or error}"
             with self._changed:
                 self._shards.board.set(shard, state, why)
+                self._under_way -= 1
+                self._begins = self._begins and self._under_way > 0
                 if hold is not None and shard in self._last and not self._closing.is_set():
                     self._holds[shard] = hold
                 elif hold is not None:
                     hold.release()
-
-
-def _start(work: Callable[[], None], name: str) -> None:
-    threading.Thread(target=work, name=name, daemon=True).start()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reco_fast import distributed
-from reco_fast.data import open_training_loader
+from reco_fast.data.loaders import open_training_loader
 from reco_fast.errors import ConfigError
 from reco_fast.method.cuda_graph import CudaBackend, Graphed
 from reco_fast.method.model import build_encoder, channels_last

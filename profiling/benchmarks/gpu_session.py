@@ -29,7 +29,7 @@ from typing import IO, Any
 
 import torch
 
-from reco_fast.data import available_cores
+from reco_fast.data.loaders import available_cores
 from reco_fast.profiling.benchmarks.gpu_parts import Task, parts
 from reco_fast.profiling.benchmarks.machine import Machine
 from reco_fast.run.files import write_json

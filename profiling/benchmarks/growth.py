@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from reco_fast import distributed
-from reco_fast.data import available_cores
+from reco_fast.data.loaders import available_cores
 from reco_fast.errors import ConfigError
 from reco_fast.method.state import pick_device, pick_precision
 from reco_fast.profiling.benchmarks.contestants import trainer

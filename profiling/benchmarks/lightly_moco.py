@@ -18,7 +18,7 @@ from lightly.transforms.moco_transform import MoCoV2Transform
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from reco_fast.data import loader_workers
+from reco_fast.data.loaders import loader_workers
 from reco_fast.errors import ConfigError
 from reco_fast.method.model import build_encoder
 from reco_fast.method.state import pick_precision

@@ -31,7 +31,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
-from reco_fast.data import loader_workers
+from reco_fast.data.loaders import loader_workers
 from reco_fast.errors import ConfigError
 from reco_fast.method import cuda_graph
 from reco_fast.method.state import pick_device, pick_precision

@@ -94,6 +94,20 @@ def first_rank_first(work: Callable[[], T]) -> T:
             barrier()
 
 
+def from_first_rank(data: bytes) -> bytes:
+    """The `data` of rank 0, on all ranks."""
+    if world_size() == 1:
+        return data
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    size = torch.tensor([len(data)], device=device)
+    dist.broadcast(size, 0)
+    sent = torch.empty(int(size), dtype=torch.uint8, device=device)
+    if rank() == 0:
+        sent.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else sent)
+    dist.broadcast(sent, 0)
+    return sent.cpu().numpy().tobytes()
+
+
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()

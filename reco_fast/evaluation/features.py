@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from reco_fast import distributed
-from reco_fast.data import LabelledData, open_evaluation_loader
+from reco_fast.data.images import LabelledData
+from reco_fast.data.loaders import open_evaluation_loader
 from reco_fast.evaluation import classifiers
 from reco_fast.method.state import pick_precision
 from reco_fast.pipelines.base import none_good

@@ -8,9 +8,9 @@ from typing import Any
 
 from reco_fast.errors import ConfigError
 from reco_fast.pipelines.sources.named import DATA_SETS
+from reco_fast.pipelines.stores.where import is_url
 from reco_fast.run.files import read_json
 from reco_fast.settings.config import Config
-from reco_fast.settings.typed import is_url
 
 _PATTERN = re.compile(r"[*?\[{]")
 

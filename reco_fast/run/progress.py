@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from reco_fast import distributed
-from reco_fast.data import LabelledData
+from reco_fast.data.images import LabelledData
 from reco_fast.errors import ConfigError
 from reco_fast.method.phases import Phase, phases
 from reco_fast.method.state import TrainState

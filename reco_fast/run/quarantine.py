@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from reco_fast import distributed
-from reco_fast.data import LabelledData
+from reco_fast.data.images import LabelledData
 from reco_fast.errors import ConfigError
 from reco_fast.pipelines.bad_images.journal import left_behind
 from reco_fast.pipelines.bad_images.probe import DEADLY, Decoder, Probe

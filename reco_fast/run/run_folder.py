@@ -29,6 +29,7 @@ PACKAGES = ("torch", "torchvision", "triton", "timm", "numpy", "nvidia-dali-cuda
 # What may differ between a run and its continuation: it changes where and how fast, not what is learned. Whether the
 # images are the same is not asked of their path: `same_images` looks at them.
 MAY_CHANGE = {"run", "profile", "eval", "data.workers", "data.manifest", "data.path", "data.val_path", "data.generated"}
+MAY_CHANGE |= {"data.cache", "data.cache_gb"}
 MAY_CHANGE |= {"train.max_steps", "train.device", "train.compile", "train.cuda_graph", "train.checkpoint_activations"}
 
 

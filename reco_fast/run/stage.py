@@ -1,6 +1,6 @@
 """The phase of a run that is under way: how its steps are called, and where their views come from."""
 
-from reco_fast.data import open_training_loader, recipe
+from reco_fast.data.loaders import open_training_loader, recipe
 from reco_fast.method.phases import Phase
 from reco_fast.method.state import TrainState
 from reco_fast.pipelines.base import Loader

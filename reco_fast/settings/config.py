@@ -25,7 +25,8 @@ T = TypeVar("T", bound="DataclassInstance")
 GONE = {"train": {"convolution"}}
 """Settings that earlier versions wrote and that change nothing that a run learns, by section."""
 NEW = {
-    "data": {"background", "range", "weak_size", "grow_from", "min_scale", "mean", "std"},
+    "data": {"background", "range", "weak_size", "grow_from", "min_scale", "mean", "std"}
+    | {"cache", "cache_gb", "order", "window", "lanes"},
     "model": {"projector", "query_norm", "teacher_momentum_end", "init", "init_which", "init_partial", "init_hash"}
     | {"freeze", "freeze_patch_embed"},
     "loss": {"keys", "mix_size", "mix_share", "mix_within", "start"},
@@ -33,7 +34,8 @@ NEW = {
     "train": {"checkpoint_activations"},
     "eval": {"train_path"},
 }
-"""Settings that earlier versions did not write: their runs have the default."""
+"""Settings that earlier versions did not write: their runs have the default, or what these have."""
+BEFORE = {"data": {"order": "uniform"}}
 
 Colour = tuple[float, float, float]
 Place = Annotated[str | None, tyro.conf.arg(metavar="{None}|PATH")]
@@ -46,10 +48,16 @@ def _require(ok: bool, flag: str, value: object, expected: str) -> None:
         raise ConfigError(f"--{flag}: expected {expected}, got {value}")
 
 
+def check_cache(flag: str, gigabytes: float) -> None:
+    """Raises ConfigError."""
+    _require(0 < gigabytes < 10**9, flag, gigabytes, "a number of gigabytes above 0")
+
+
 @dataclass(frozen=True)
 class DataConfig(WithPaths):
     path: Place = None
-    """Training images, without labels: a folder at any depth, .tar shards, cifar10, stl10:unlabeled, hf:NAME."""
+    """Training images, without labels: a folder at any depth, .tar shards, their index.json; either by URL (s3://, gs://,
+    https://, hf://); cifar10, stl10:unlabeled, hf:NAME."""
     val_path: Place = None
     """Held-out images by class for the kNN evaluation; --data.path, or --eval.train-path, must then be by class too."""
     manifest: Path | None = None
@@ -82,8 +90,23 @@ class DataConfig(WithPaths):
     std: Annotated[Colour | None, tyro.conf.arg(metavar="RED GREEN BLUE")] = None
     """By which it is divided then; as --data.mean."""
 
+    order: Literal["auto", "uniform", "blocks"] = "auto"
+    """Of an epoch: all images permuted together, or some shards at a time; auto: blocks for shards behind a URL."""
+    window: int = 4
+    """Shards of a lane whose images are permuted together, with --data.order blocks."""
+    lanes: int = 8
+    """Parts of each batch with shards of their own, with --data.order blocks: as many hosts, or a divisor of that, each
+    fetch their share. A divisor of --train.batch-size."""
+    cache: Path | None = None
+    """Folder for shards that come from a URL, one for all processes of a host; unless said, in ~/.cache/reco_fast."""
+    cache_gb: float = 50.0
+    """Most that they take there, in 10⁹ bytes."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        _require(1 <= self.window <= 10**6, "data.window", self.window, "a number of shards from 1 up")
+        _require(1 <= self.lanes <= 2**16, "data.lanes", self.lanes, "a number from 1 to 65536")
+        check_cache("data.cache-gb", self.cache_gb)
         for name, low, expected in (
             ("mean", -1.0, "three numbers from -1 to 2"),
             ("std", 0.001, "three from 0.001 to 2"),
@@ -442,6 +465,7 @@ def updated(base: T, values: object, *, whole: bool = False) -> T:
         before, new = dataclasses.asdict(getattr(base, name)), NEW.get(name, set())
         if whole or set(before) - new <= set(given):
             before = {key: value for key, value in dataclasses.asdict(kinds[name]()).items() if key in new}
+            before |= BEFORE.get(name, {})
         try:
             sections[name] = as_dataclass(kinds[name], _jsonable(before | given))
         except ValueError as error:

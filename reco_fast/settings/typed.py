@@ -26,14 +26,10 @@ def at_home(path: Path | str) -> Path:
     return Path(text)
 
 
-def is_url(place: str) -> bool:
-    return "://" in place
-
-
 def place(value: str | os.PathLike[str]) -> str:
     """Where images are, as text: a path as `at_home` has it, a URL as it is."""
     text = os.fspath(value)
-    return text if is_url(text) else os.fspath(at_home(text))
+    return text if "://" in text else os.fspath(at_home(text))
 
 
 class WithPaths:

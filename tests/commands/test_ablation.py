@@ -202,6 +202,15 @@ def test_one_process_with_labels(images: Path, tmp_path: Path, monkeypatch: pyte
         ablation.ablate(preset, command)
 
 
+def test_an_ablation_has_a_global_relation_where_the_preset_has_none(tmp_path: Path) -> None:
+    assert preset("quickstart").loss.global_weight == 0
+    weights = [ablation.parse(flags)[1].loss.global_weight for flags in ([], ["--loss.global-weight", "0"], ["adapt"])]
+    assert weights == [1, 0, 1]
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(preset("cifar10", loss={"global_weight": 0.25}).to_json()))
+    assert ablation.parse(["--config", str(file)])[1].loss.global_weight == 0.25
+
+
 @pytest.mark.parametrize(("flags", "smaller"), [([], 24), (["imagenet100"], 168), (["--data.image-size", "16"], 16)])
 def test_each_method_differs_in_its_own_settings_alone(flags: list[str], smaller: int) -> None:
     _, command = ablation.parse(flags)

@@ -8,7 +8,8 @@ import torch
 from small_runs import write_classes, write_pictures
 
 from reco_fast import distributed
-from reco_fast.data import open_data, open_evaluation_loader, open_training_loader
+from reco_fast.data.images import open_data
+from reco_fast.data.loaders import open_evaluation_loader, open_training_loader
 from reco_fast.errors import DataError
 from reco_fast.pipelines.base import Loader
 from reco_fast.pipelines.order import EvaluationOrder, TrainingOrder

@@ -18,7 +18,7 @@ from small_runs import SMALL, write_classes
 from torch import nn
 
 from reco_fast import evaluate, train
-from reco_fast.data import open_labelled
+from reco_fast.data.images import open_labelled
 from reco_fast.errors import ConfigError
 from reco_fast.evaluate import Extracted
 from reco_fast.evaluation import classifiers, pictures

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reco_fast.data import recipe
+from reco_fast.data.loaders import recipe
 from reco_fast.errors import ConfigError
 from reco_fast.method.state import build_state
 from reco_fast.method.step import METRICS, Draws, Schedule, draw, mixed_view, train_step

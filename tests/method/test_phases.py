@@ -19,7 +19,7 @@ from small_runs import SMALL, metrics, write_classes, write_pictures
 from torch import Tensor, nn
 
 from reco_fast import train
-from reco_fast.data import recipe
+from reco_fast.data.loaders import recipe
 from reco_fast.method import state as states
 from reco_fast.method.cuda_graph import WARMUP
 from reco_fast.method.passes import Passes

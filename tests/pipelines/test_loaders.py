@@ -21,7 +21,7 @@ import torch
 from loading import HAS_DALI, both_loaders, needs_dali, take, tiny, training
 from torch.utils.data._utils import signal_handling
 
-from reco_fast.data import available_cores
+from reco_fast.data.loaders import available_cores
 from reco_fast.errors import DataError
 from reco_fast.pipelines.augmentations import evaluation_recipe, reco_recipe
 from reco_fast.pipelines.base import Batch
@@ -307,7 +307,7 @@ def _others() -> tuple[set[str], set[int]]:
 def test_a_process_ends_quietly(kind: str, end: str, cifar: Path) -> None:
     script = f"""
 import os, signal, sys
-from reco_fast.data import available_cores
+from reco_fast.data.loaders import available_cores
 from reco_fast.pipelines.augmentations import reco_recipe
 from reco_fast.pipelines.loader import open_loader
 from reco_fast.pipelines.order import TrainingOrder

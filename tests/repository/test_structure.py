@@ -19,7 +19,7 @@ FLOORS = (
     ("evaluation",),
     ("run",),
     ("profiling.flops",),
-    ("method", "reco_fast.data"),
+    ("method", "data"),
     ("distributed",),
     ("settings", "kernels", "pipelines", "profiling.trace", "reco_fast"),
     ("reco_fast.errors",),

@@ -22,7 +22,8 @@ from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
 from reco_fast import embed, export, train
-from reco_fast.data import open_images, recipe
+from reco_fast.data.images import open_images
+from reco_fast.data.loaders import recipe
 from reco_fast.errors import ConfigError
 from reco_fast.evaluation.features import features_of
 from reco_fast.method.model import build_encoder

@@ -10,7 +10,7 @@ from odd_images import encode, picture
 from small_runs import SMALL, metrics, write_classes, write_pictures
 
 from reco_fast import embed, evaluate, train
-from reco_fast.data import open_labelled
+from reco_fast.data.images import open_labelled
 from reco_fast.errors import ConfigError
 from reco_fast.pipelines.sources.kinds import OTHER_RULES
 from reco_fast.pipelines.sources.open import open_source
@@ -148,7 +148,7 @@ def test_a_run_that_began_by_other_rules_goes_on_with_its_images(
     (root / "photos" / "plain").write_bytes(encode(picture(seed=51), "JPEG"))
     picture(seed=52).save(root / "photos" / "h.heic", "JPEG")
     with monkeypatch.context() as patch:
-        patch.setattr("reco_fast.data.open_source", lambda path, *_: open_source(path, rules))  # type: ignore[arg-type]
+        patch.setattr("reco_fast.data.images.open_source", lambda path, *_: open_source(path, rules))  # type: ignore[arg-type]
         train.train(*train.parse(command(root, "--data.path", root / "photos", "--train.max-steps", "1")))
     monkeypatch.setattr("reco_fast.pipelines.sources.kinds.reads_heif", lambda: True)
     capsys.readouterr()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from reco_fast import ablation, check_images, embed, evaluate, export, train
-from reco_fast.data import recipe
+from reco_fast.data.loaders import recipe
 from reco_fast.errors import ConfigError
 from reco_fast.profiling.benchmarks.growth import Growth
 from reco_fast.profiling.benchmarks.step import Benchmark
@@ -17,7 +17,7 @@ from reco_fast.settings.presets import PRESETS, preset
 from reco_fast.train import parse
 
 
-@pytest.mark.parametrize("name", ["quickstart", "cifar10", "imagenet100", "paper", "imagenet"])
+@pytest.mark.parametrize("name", ["quickstart", "cifar10", "adapt", "vit-small", "imagenet100", "paper", "imagenet"])
 def test_presets_exist_and_survive_json(name: str) -> None:
     config, expectation = PRESETS[name]
     assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config

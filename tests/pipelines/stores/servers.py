@@ -24,6 +24,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -35,9 +36,19 @@ from urllib.parse import quote, unquote
 
 __all__ = ["HttpServer", "S3Server", "served_apart"]
 
+_LISTENING: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 Kind = int | Literal["cut", "short", "drip", "close", "whole", "changed"]
 CHUNK = 1 << 18
 DRIP = 0.2  # seconds for each byte
+
+
+def _listen_no_more() -> None:
+    """A forked process would keep the port of a server that has stopped, and never answer."""
+    for each in list(_LISTENING):
+        each.close()
+
+
+os.register_at_fork(after_in_child=_listen_no_more)
 
 
 @dataclass
@@ -170,6 +181,7 @@ class HttpServer(Server):
     def start(self) -> None:
         self._http = _Http(self, self._port)
         self._port = self._http.server_address[1]
+        _LISTENING.add(self._http.socket)
         self.url = f"http://127.0.0.1:{self._port}"
         self.running = True
         threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True).start()
@@ -329,6 +341,7 @@ class S3Server(Server):
         self._wsgi = make_server("127.0.0.1", self._port, self._answer, threaded=True, request_handler=Quiet)
         self._wsgi.daemon_threads, self._wsgi.block_on_close = True, False
         self._port = self._wsgi.server_address[1]
+        _LISTENING.add(self._wsgi.socket)
         self.url = f"http://127.0.0.1:{self._port}"
         self.running = True
         threading.Thread(target=self._wsgi.serve_forever, args=(0.01,), daemon=True).start()

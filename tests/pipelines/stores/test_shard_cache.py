@@ -190,7 +190,9 @@ def test_what_is_cut_off_is_fetched_again(web: HttpServer, cache: ShardCache) ->
 
 
 @pytest.mark.parametrize("where", ["room", "writing"])
-def test_a_full_disk_is_no_room(where: str, web: HttpServer, cache: ShardCache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_no_room(
+    where: str, web: HttpServer, cache: ShardCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

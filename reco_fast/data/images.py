@@ -1,10 +1,11 @@
-"""From the configuration to sources, views and labels."""
+"""From the configuration to images and their classes."""
 
 import dataclasses
 import os
 from collections import defaultdict
 from contextlib import suppress
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -13,10 +14,6 @@ from torch import Tensor
 
 from reco_fast import distributed
 from reco_fast.errors import ConfigError, DataError
-from reco_fast.pipelines.augmentations import Recipe, evaluation_recipe, reco_recipe
-from reco_fast.pipelines.base import Loader
-from reco_fast.pipelines.loader import open_loader
-from reco_fast.pipelines.order import EvaluationOrder, TrainingOrder
 from reco_fast.pipelines.pixels import Decoding
 from reco_fast.pipelines.sources import generated
 from reco_fast.pipelines.sources.folders import FolderSource
@@ -24,7 +21,10 @@ from reco_fast.pipelines.sources.image_source import ImageSource
 from reco_fast.pipelines.sources.kinds import NOW, OTHER_RULES, Rules
 from reco_fast.pipelines.sources.labels import first_few
 from reco_fast.pipelines.sources.open import open_source
+from reco_fast.pipelines.stores.opening import packed_index, unpack_index
+from reco_fast.pipelines.stores.where import Stores
 from reco_fast.settings.config import Config, DataConfig
+from reco_fast.settings.terminal import say
 
 
 class LabelledData(NamedTuple):
@@ -37,18 +37,45 @@ class LabelledData(NamedTuple):
     classes: list[str]
 
 
+class Kept(Protocol):
+    """What says how images that come from a URL are kept."""
+
+    @property
+    def cache(self) -> Path | None: ...
+    @property
+    def cache_gb(self) -> float: ...
+
+
+def stores_of(said: Kept) -> Stores:
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return Stores(said.cache, int(said.cache_gb * 1e9), processes, say if distributed.rank() == 0 else len)
+
+
 def open_images(path: str, data: DataConfig, rules: Rules = NOW) -> ImageSource:
-    """What is at `path`, to be decoded as `data` says. Raises DataError."""
-    source = open_source(path, rules)
+    """What is at `path`, to be decoded as `data` says. On all ranks together: what rank 0 finds out by fetching shards
+    is told to the others. Raises DataError."""
+    stores = stores_of(data)
+    if distributed.rank() == 0:
+        found = b""
+        try:
+            source = open_source(path, rules, stores)
+            found = packed_index(source)
+        finally:  # where it fails, others meet the same
+            distributed.from_first_rank(found)
+    else:
+        unpack_index(distributed.from_first_rank(b""), stores)
+        source = open_source(path, rules, stores)
     red, green, blue = ImageColor.getrgb(data.background)[:3]
     source.decoding = Decoding((red, green, blue), data.range)
     return source
 
 
-def open_labelled(train: ImageSource, val_path: str, flag: str = "--data.path", instead: str = "") -> LabelledData:
+def open_labelled(
+    train: ImageSource, val_path: str, data: DataConfig, flag: str = "--data.path", instead: str = ""
+) -> LabelledData:
     """Both sources with the classes matched by name; `flag`: that named the first; `instead`: what to do where it has
     no labels. Raises ConfigError where there are none or they differ."""
-    val = open_source(val_path)
+    val = open_images(val_path, data)
     val.decoding = train.decoding
     for name, source in ((flag, train), ("--data.val-path", val)):
         if source.labels is None:
@@ -113,13 +140,29 @@ def open_data(config: Config, rules: Rules = NOW) -> tuple[Config, ImageSource, 
             f"--train.batch-size: expected at most the {len(source)} images of {data.path}, "
             f"got {config.train.batch_size}{_in_brackets(source.passed_over.line())}"
         )
+    config = _with_order(config, source)
     if data.val_path is None:
         if config.eval.train_path is not None:
             raise ConfigError("--eval.train-path: expected held-out images beside it, --data.val-path, got nothing")
         return config, source, None
     neighbours, flag = open_neighbours(config, source)
     instead = "" if neighbours is not source else "; labelled ones can be given by --eval.train-path"
-    return config, source, open_labelled(neighbours, data.val_path, flag, instead)
+    return config, source, open_labelled(neighbours, data.val_path, data, flag, instead)
+
+
+def _with_order(config: Config, source: ImageSource) -> Config:
+    """With `auto` as what it means for these images. Raises ConfigError where the order does not fit them."""
+    data = config.data
+    order = data.order
+    if order == "auto":
+        order = "blocks" if source.ends is not None and source.at_once > 1 else "uniform"
+    if order == "blocks" and source.ends is None:
+        raise ConfigError("--data.order: expected uniform for images that are not in .tar shards, got blocks")
+    if order == "blocks" and config.train.batch_size % data.lanes:
+        raise ConfigError(
+            f"--data.lanes: expected a divisor of --train.batch-size, {config.train.batch_size}, got {data.lanes}"
+        )
+    return dataclasses.replace(config, data=dataclasses.replace(data, order=order))
 
 
 def rules_of(fingerprint: str | None, config: Config, source: ImageSource, device: torch.device) -> Rules:
@@ -129,96 +172,20 @@ def rules_of(fingerprint: str | None, config: Config, source: ImageSource, devic
     if path and distributed.rank() == 0 and fingerprint not in (None, source.fingerprint()):
         for place, rules in enumerate(OTHER_RULES, 1):
             with suppress(DataError):
-                number = place if open_source(path, rules).fingerprint() == fingerprint else number
-    found = distributed.all_gather(torch.tensor([number], device=device))
-    return (NOW, *OTHER_RULES)[int(found[0])]
+                found = open_source(path, rules, stores_of(config.data))
+                number = place if found.fingerprint() == fingerprint else number
+    numbers = distributed.all_gather(torch.tensor([number], device=device))
+    return (NOW, *OTHER_RULES)[int(numbers[0])]
 
 
 def passed_over(config: Config, source: ImageSource, labelled: LabelledData | None) -> list[str]:
-    """A line for each of a run's sources that holds more than it takes."""
+    """What there is to know of a run's sources, such as what they hold and is not taken; a line each."""
     named = [("--data.path", source)]
     if labelled is not None:
         named += [] if labelled.train is source else [("--eval.train-path", labelled.train)]
         named += [("--data.val-path", labelled.val)]
-    return [f"{flag}: {line}" for flag, each in named if (line := each.passed_over.line())]
+    return [f"{flag}: {line}" for flag, each in named for line in (*each.notes, each.passed_over.line()) if line]
 
 
 def _in_brackets(text: str) -> str:
     return f" ({text})" if text else ""
-
-
-def recipe(config: Config, grown: int | None = None) -> Recipe:
-    """The views that the objective looks at: the student's, and then the teacher's. `grown`: the side up to which they
-    grow, which decides on blur and normalisation from the start: a network must not see them change."""
-    data = config.data
-    full = reco_recipe(grown or data.image_size, data.weak_size, data.min_scale, data.mean, data.std)
-    strong, second, weak = full.views
-    teacher = (weak,) if config.loss.weak_keys else (second, weak)[: len(config.teacher_sizes)]
-    return dataclasses.replace(full, views=(strong, *teacher), size=data.image_size)
-
-
-def open_training_loader(
-    config: Config,
-    source: ImageSource,
-    device: torch.device,
-    precision: torch.dtype,
-    first_step: int = 0,
-    *,
-    views: Recipe | None = None,
-    after: Loader | None = None,
-) -> Loader:
-    """This rank's part of the global batches, from `first_step` on, without end. `views` other than `recipe(config)`;
-    `after` as `open_loader` takes it."""
-    order = TrainingOrder(
-        len(source),
-        config.train.batch_size,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        seed=config.train.seed,
-    )
-    return open_loader(
-        config.data.loader,
-        source,
-        views or recipe(config),
-        order,
-        device=device,
-        seed=config.train.seed,
-        workers=loader_workers(config.data),
-        on_bad_image=config.data.on_bad_image,
-        first_step=first_step,
-        precision=precision,
-        after=after,
-    )
-
-
-def open_evaluation_loader(
-    data: DataConfig,
-    source: ImageSource,
-    order: EvaluationOrder,
-    device: torch.device,
-    precision: torch.dtype,
-    first_step: int = 0,
-) -> Loader:
-    """Un-augmented images in `order`, from `first_step` on."""
-    return open_loader(
-        data.loader,
-        source,
-        evaluation_recipe(data.image_size, data.mean, data.std),
-        order,
-        device=device,
-        seed=0,
-        workers=loader_workers(data),
-        on_bad_image=data.on_bad_image,
-        first_step=first_step,
-        precision=precision,
-    )
-
-
-def loader_workers(data: DataConfig) -> int:
-    """As configured, or this rank's share of the cores."""
-    return data.workers or max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-def available_cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
