@@ -159,10 +159,10 @@ def test_a_process_that_was_killed_leaves_whole_shards_and_goes_on(
     send, sent = targets.Target.send, []
 
     def killed(self: targets.Target, name: str) -> None:
-        sent.append(name)
-        if len(sent) == 5:  # with its third shard under way
-            os.kill(os.getpid(), signal.SIGKILL)
         send(self, name)
+        sent.append(name)
+        if len(sent) == 5:  # the third shard; others are under way
+            os.kill(os.getpid(), signal.SIGKILL)
 
     child = os.fork()
     if child == 0:
@@ -171,9 +171,10 @@ def test_a_process_that_was_killed_leaves_whole_shards_and_goes_on(
         os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     left = files(tmp_path / "to")
-    assert 0 < len(shards(left)) < 5
-    assert [name for name in left if name.endswith(".tmp")]
+    assert 0 < len(shards(left)) < 7
     assert all(reference[name] == data for name, data in shards(left).items())
+    (tmp_path / "to" / ".000006.tar.tmp").write_bytes(bytes(100_000))  # as it may have been left
+    (tmp_path / "to" / "000006.tar").unlink(missing_ok=True)
     make(images, tmp_path / "to")
     assert files(tmp_path / "to") == reference
 
@@ -341,6 +342,30 @@ def test_two_processes_do_not_write_the_same_folder(images: Path, tmp_path: Path
     with targets.open_target(str(tmp_path)):
         assert "another is writing shards there" in refused(command.main, images, tmp_path)
     make(images, tmp_path)
+
+
+def test_a_failure_gives_up_what_is_under_way(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = []
+    read = FolderSource.read
+
+    def slowly(self: FolderSource, place: int) -> bytes:
+        count.append(place)
+        time.sleep(0.02)
+        return read(self, place)
+
+    def full(self: targets.Target, name: str) -> None:
+        if name.endswith(".tar"):
+            raise OSError(28, "No space left on device")
+        send(self, name)
+
+    send = targets.Target.send
+    monkeypatch.setattr(FolderSource, "read", slowly)
+    monkeypatch.setattr(targets.Target, "send", full)
+    monkeypatch.setattr(command, "_READERS", 1)
+    monkeypatch.setattr("reco_fast.make_shards.plan._AHEAD", 1)
+    with pytest.raises(DataError, match="No space left on device"):
+        make(images, tmp_path)
+    assert len(count) < 45  # of 60
 
 
 def test_ctrl_c_ends_it_soon(images: Path, tmp_path: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
