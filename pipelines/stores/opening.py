@@ -104,7 +104,7 @@ def _open_below(url: str, rules: Rules, stores: Stores) -> ImageSource:
             files[name] = each
         elif suffix == ".tar":
             shards.append(IndexedShard(store.join(url, name), name, each, None))
-        elif not kinds.is_rubbish(base) and name != INDEX:
+        elif not kinds.is_rubbish(base):
             passed_over.add(kinds.suffix_of(base) or kinds.NO_SUFFIX, name)
     source: ImageSource
     if files:
