@@ -217,7 +217,7 @@ def test_what_a_step_does_and_says_follows_the_phase(
 ) -> None:
     passes: list[int] = []
     given: list[tuple[int, int, list[int], Tensor]] = []
-    forward, step = Passes.forward, train.train_step
+    forward, step = Passes.forward, loop.train_step
 
     def counted(self: Passes, *views: Tensor) -> tuple[Tensor, ...]:
         passes.append(len(views))

@@ -293,7 +293,7 @@ class Waits:
         self.steps = 0
         self.watching = False
         self.recorder = Recorder(lambda name, *_: self.found.append(name) if self.watching and name in WAITS else None)
-        step, averages = train.train_step, progress.averages
+        step, averages = loop.train_step, progress.averages
         monkeypatch.setattr(loop, "train_step", lambda *given: self.watch(True, step, *given))
         monkeypatch.setattr(progress, "averages", lambda *given: self.watch(False, averages, *given))
 
