@@ -1,6 +1,7 @@
 """Images as shards in a folder or a store: what is kept, the same bytes each time, and going on where it stopped."""
 
 import os
+import shutil
 import signal
 import tarfile
 import time
@@ -16,7 +17,7 @@ from small_runs import write_classes, write_pictures, write_tar
 
 from reco_fast import make_shards as command
 from reco_fast.errors import DataError
-from reco_fast.make_shards import ShardsCommand, make_shards
+from reco_fast.make_shards import ShardsCommand, make_shards, plan
 from reco_fast.make_shards import target as targets
 from reco_fast.pipelines.sources.folders import FolderSource
 from reco_fast.pipelines.sources.image_source import ImageSource
@@ -121,6 +122,7 @@ def test_headers_say_nothing_that_could_change(images: Path, tmp_path: Path) -> 
         members = tar.getmembers()
     assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in members} == {(0, 0, 0, "", "", 0o644)}
     assert [os.path.splitext(member.name)[1] for member in members[:4]] == [".jpg", ".cls", ".jpg", ".cls"]
+    assert all(data.endswith(bytes(1024)) for data in shards(files(tmp_path / "one")).values())  # the end of a .tar
 
 
 def test_a_shard_that_is_there_is_not_written_again(
@@ -249,6 +251,20 @@ def test_an_image_without_a_size_is_left_out_before_anything_is_written(
     assert len(open_source(tmp_path / "to")) == 3
 
 
+def test_images_whose_sizes_nobody_knows_are_read_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_pictures(tmp_path / "images", 5)
+    make(folder, tmp_path / "known", 0.005)
+    (folder / "05.jpg").touch()
+    (folder / "06.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    monkeypatch.setattr(FolderSource, "sizes", lambda self: np.full(len(self), -1))
+    make(folder, tmp_path / "to", 0.005)
+    assert content(open_source(tmp_path / "to")) == content(open_source(tmp_path / "known"))
+    assert (tmp_path / "to" / "make_shards.bad_images.txt").read_text().splitlines() == [
+        "05.jpg\tan empty file",
+        "06.jpg\tNo such file or directory",
+    ]
+
+
 def test_without_classes_there_are_no_cls_members(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_pictures(tmp_path / "images", 4)
     make(folder, tmp_path / "to", 1)
@@ -344,6 +360,9 @@ def test_what_is_somebody_elses_is_left_alone(images: Path, tmp_path: Path, refu
     said = "expected shards of these images and this --shard-mb"
     assert said in refused(command.main, images, tmp_path / "mine", "--shard-mb", "0.04")
     assert said in refused(command.main, images / "light", tmp_path / "mine", "--shard-mb", str(MB))
+    shutil.copytree(images, tmp_path / "renamed")
+    (tmp_path / "renamed" / "light").rename(tmp_path / "renamed" / "lighter")
+    assert said in refused(command.main, tmp_path / "renamed", tmp_path / "mine", "--shard-mb", str(MB))
     assert files(tmp_path / "mine") == before
     for damage in (b"", b"[]", b'{"fingerprint": 1}', b"\xff"):
         (tmp_path / "mine" / "make_shards.json").write_bytes(damage)
@@ -357,27 +376,30 @@ def test_two_processes_do_not_write_the_same_folder(images: Path, tmp_path: Path
 
 
 def test_a_failure_gives_up_what_is_under_way(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    count = []
-    read = FolderSource.read
+    make(images, tmp_path / "whole")
+    with tarfile.open(tmp_path / "whole" / "000000.tar") as tar:
+        first = {int(name.partition(".")[0]) for name in tar.getnames()}
+    slow: list[int] = []
+    read, send = FolderSource.read, targets.Target.send
 
     def slowly(self: FolderSource, place: int) -> bytes:
-        count.append(place)
-        time.sleep(0.02)
+        if place not in first:
+            slow.append(place)
+            time.sleep(0.05)
         return read(self, place)
 
     def full(self: targets.Target, name: str) -> None:
-        if name.endswith(".tar"):
+        if name == "000000.tar":
             raise OSError(28, "No space left on device")
         send(self, name)
 
-    send = targets.Target.send
     monkeypatch.setattr(FolderSource, "read", slowly)
     monkeypatch.setattr(targets.Target, "send", full)
-    monkeypatch.setattr(command, "_READERS", 1)
-    monkeypatch.setattr("reco_fast.make_shards.plan._AHEAD", 1)
+    monkeypatch.setattr(command, "_AT_ONCE", 2)
+    monkeypatch.setattr(plan, "_AHEAD", 1)
     with pytest.raises(DataError, match="No space left on device"):
-        make(images, tmp_path)
-    assert len(count) < 45  # of 60
+        make(images, tmp_path / "to")
+    assert len(slow) < 6  # of at least 8 in the second shard
 
 
 def test_ctrl_c_ends_it_soon(images: Path, tmp_path: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,7 +415,11 @@ def test_ctrl_c_ends_it_soon(images: Path, tmp_path: Path, call: Any, monkeypatc
 
     monkeypatch.setattr(targets.Target, "send", slowly)
     monkeypatch.setattr(command, "_AT_ONCE", 1)
-    assert call(command.main, images, tmp_path, "--shard-mb", MB) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
+    try:
+        assert call(command.main, images, tmp_path, "--shard-mb", MB) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert len(shards(files(tmp_path))) < 4
     monkeypatch.undo()
     make(images, tmp_path)
