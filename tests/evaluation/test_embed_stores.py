@@ -112,7 +112,8 @@ def interrupted(made: Made, images: object, output: object, batches: int) -> Non
 
 def outside(s3: S3Server) -> list[str]:
     """What lies beside the shards."""
-    return [key for key in s3.keys() if not key.startswith("train/")]
+    there = s3.keys()
+    return [key for key in there if not key.startswith("train/")]
 
 
 def test_shards_of_a_store_to_the_store(made: Made, shards: str, s3: S3Server, machine: Path) -> None:
