@@ -127,7 +127,7 @@ def _list_below(url: str, rules: Rules) -> _Below:
             files[name] = each
         elif suffix == ".tar":
             shards.append(IndexedShard(store.join(url, name), name, each, None))
-        elif not kinds.is_rubbish(base) and name != INDEX:
+        elif not kinds.is_rubbish(base):
             passed_over.add(kinds.suffix_of(base) or kinds.NO_SUFFIX, name)
     return _Below(files, shards, passed_over, INDEX in listed)
 

@@ -67,7 +67,8 @@ def read_index(place: str) -> Iterator[IndexedShard]:
 
 def _shard(values: Any, folder: str) -> IndexedShard:
     url = values["url"]
-    if not _is_text(url) or "\0" in url:
+    # A path that an index in a store names would be of whose machine?
+    if not _is_text(url) or "\0" in url or (is_url(folder) and os.path.isabs(url)):
         raise ValueError("a url")
     place = url if is_url(url) or os.path.isabs(url) else f"{folder}/{url}" if folder else url
     if is_url(place):

@@ -1,0 +1,3 @@
+from reco_fast.make_shards import main
+
+main()
