@@ -171,9 +171,9 @@ def store(work: Path, arguments: argparse.Namespace) -> None:
 
 
 MILLION = """
-import resource, sys, time
+import re, sys, time
 from reco_fast.pipelines.sources.open import open_source
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 began, before = time.monotonic(), peak()
 source = open_source(sys.argv[1])
 source.fingerprint()

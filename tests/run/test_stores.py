@@ -250,7 +250,9 @@ def test_a_url_with_a_secret_is_refused_and_not_repeated(
         ),
         (check_images.main, [url, "--output", here]),
     ):
-        assert "s3cret" not in refused(main, *arguments)
+        line = refused(main, *arguments)
+        assert "expected a URL without" in line
+        assert "s3cret" not in line
     written = contents_below(tmp_path)
     assert [name for name, data in written.items() if b"s3cret" in data] == []
     assert not (tmp_path / "run").exists()
