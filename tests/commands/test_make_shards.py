@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import tarfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -400,6 +401,21 @@ def test_a_failure_gives_up_what_is_under_way(images: Path, tmp_path: Path, monk
     with pytest.raises(DataError, match="No space left on device"):
         make(images, tmp_path / "to")
     assert len(slow) < 6  # of at least 8 in the second shard
+
+
+def test_images_of_a_shard_are_read_at_the_same_time(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = threading.Barrier(8, timeout=20)  # breaks where they come one by one
+    read = FolderSource.read
+
+    def waits(self: FolderSource, place: int) -> bytes:
+        if place < 56:
+            together.wait()
+        return read(self, place)
+
+    monkeypatch.setattr(FolderSource, "read", waits)
+    make(images, tmp_path, 1)
 
 
 def test_ctrl_c_ends_it_soon(images: Path, tmp_path: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
