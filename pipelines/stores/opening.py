@@ -49,8 +49,19 @@ def open_index(place: str, rules: Rules, stores: Stores) -> ImageSource:
     if first is None:
         raise DataError(f"{place}: expected an index of shards, it has none")
     if is_url(first.place):
+        _check_first(first)
         return _opened(read_index(place), rules, stores)
     return _local(read_index(place), rules)
+
+
+def _check_first(shard: IndexedShard) -> None:
+    """That the shards of an index are where it says: of the first, for a thousand would take long."""
+    if shard.stat is None:  # all are asked for
+        return
+    try:
+        StoredShard(shard.place, shard.stat).check()
+    except Lost as error:
+        raise DataError(f"{shard.place}: expected the shard as it was indexed, {error.strerror}") from None
 
 
 def _by_name(pattern: str) -> list[str]:
