@@ -31,7 +31,7 @@ TEST += [
     "flask-cors>=5",
 ]  # moto[server] has many times as much
 
-ROOMS = ("settings", "distributed", "data", "method", "run", "evaluation", "make_shards")
+ROOMS = ("settings", "distributed", "data", "method", "run", "evaluation", "training", "make_shards")
 PLACES = {  # of what stands at the top of a checkout
     f"reco_fast.{folder.replace('/', '.')}": folder
     for folder in (

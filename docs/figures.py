@@ -7,6 +7,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
+from reco_fast.profiling.mixing import mixing, orders, positions
+
 HERE = Path(__file__).parent
 INK, QUIET, BANDS = "#222222", "#8a8a8a", ("#dbe9f6", "#fde3cf", "#e1f0dc")
 
@@ -155,9 +157,32 @@ def gpu_curves() -> None:
     figure.savefig(HERE / "images" / "cifar10-H200.png", dpi=130)
 
 
+def order_in_blocks() -> None:
+    """Where in an epoch the images of 20 shards are, of 20 and of 1,000, uniformly and in blocks."""
+    batch, shown = 256, 20
+    figure, rows = plt.subplots(2, 3, figsize=(9, 4.6), sharex=True, sharey=True, layout="constrained")
+    for axes, shards, images in zip(rows, (shown, 1000), (500, 1000), strict=True):
+        named = orders(shards, images, batch, [(4, 8), (1, 2)])
+        for panel, (name, order) in zip(axes, named.items(), strict=True):
+            places = positions(order, 0).reshape(shards, images)[:: shards // shown] / order.length
+            places = places[np.argsort(places.mean(axis=1))]
+            height = np.broadcast_to(np.arange(shown)[:, None], places.shape)
+            panel.plot(places.ravel(), height.ravel(), "|", markersize=5, color="#1f5fa8", alpha=0.3)
+            pairs = mixing(order, images).one_shard
+            panel.set_title(f"{shards:,} shards, {name}\npairs of a batch of one shard: {pairs:.1%}", fontsize=8)
+            panel.spines[["top", "right"]].set_visible(False)
+            panel.tick_params(labelsize=7)
+            panel.set(yticks=[])
+        axes[0].set_ylabel("20 of the shards", fontsize=8)
+    for panel in rows[1]:
+        panel.set_xlabel("place in the epoch", fontsize=8)
+    figure.savefig(HERE / "images" / "order-in-blocks.png", dpi=110)
+
+
 def main() -> None:
     subset_curves()
     gpu_curves()
+    order_in_blocks()
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), width_ratios=(2, 1), layout="constrained")
     method(left)
     gain(right)

@@ -165,3 +165,18 @@ class EvaluationOrder:
         start = self._first + step * self.batch_size
         positions = np.arange(start, min(start + self.batch_size, self._end), dtype=np.int64)
         return positions, positions * self.length // self._count
+
+
+class ListedOrder:
+    """These images alone, one after the other, as `indices` has them."""
+
+    def __init__(self, length: int, batch_size: int, indices: Sequence[int]):
+        self.length = length
+        self.batch_size = batch_size
+        self._indices = np.array(indices, np.int64)
+        self.steps: int | None = -(-len(indices) // batch_size)
+        self.in_runs = len(indices) * 4 > length  # else each is read alone
+
+    def batch(self, step: int) -> tuple[Int64Array, Int64Array]:
+        indices = self._indices[step * self.batch_size : (step + 1) * self.batch_size]
+        return np.arange(len(indices)) + step * self.batch_size, indices

@@ -15,6 +15,7 @@ COMMANDS = {  # its module, what it is told as a dataclass of it, and what it do
     "export": ("reco_fast.export", "ExportCommand", "the backbone for other libraries: safetensors, timm, ONNX, ..."),
     "ablation": ("reco_fast.ablation", "AblationConfig", "MoCo, each relation alone and both, side by side"),
     "check-images": ("reco_fast.check_images", "CheckCommand", "find the bad images of a folder before a run"),
+    "index-shards": ("reco_fast.index_shards", "IndexCommand", "write down once what shards hold, in a store or here"),
     "make-shards": ("reco_fast.make_shards", "ShardsCommand", "write images as .tar shards, to a folder or a store"),
     "report": ("reco_fast.profiling.report", "ReportCommand", "where the time of a profiled run went"),
 }

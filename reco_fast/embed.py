@@ -1,8 +1,8 @@
 """Features of any folder of images or .tar shards, with their paths.
 
-`python -m reco_fast.embed RUN_DIR --data.path DIR --output FILE`
+`python -m reco_fast.embed RUN_DIR --data.path DIR --output FILE`, where both may be URLs.
 
-Interrupted, the same command goes on where it stopped.
+Interrupted, the same command goes on where it stopped; where FILE is a URL, on another machine too.
 """
 
 import dataclasses
@@ -75,9 +75,9 @@ class ImagesConfig(WithPaths):
 class EmbedCommand(WithPaths):
     run_dir: tyro.conf.Positional[Path]
     """Folder of a run."""
-    output: Path
-    """.npz with `features` [n, F] float32, `paths` [n] and, of images in one folder a class, `labels` [n] and
-    `classes`; or .parquet with the columns path, features, label and class."""
+    output: str
+    """A file or a URL: .npz with `features` [n, F] float32, `paths` [n] and, of images in one folder a class, `labels`
+    [n] and `classes`; or .parquet with the columns path, features, label and class."""
     data: ImagesConfig = field(default_factory=ImagesConfig)
     which: Literal["student", "teacher"] = "student"
     """Whose backbone."""
@@ -88,6 +88,7 @@ class EmbedCommand(WithPaths):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "output", place(self.output).removeprefix("file://"))
         if self.batch_size < 1:
             raise ConfigError(f"--batch-size: expected 1 or more, got {self.batch_size}")
 
@@ -148,7 +149,7 @@ def embed_images(
     """What the command writes, as an array. Raises ConfigError or DataError."""
     work = opened(at_home(run_dir), ImagesConfig(path=place(images)), which, batch_size, device)
     with tempfile.TemporaryDirectory() as folder:
-        parts = Parts(Path(folder), work.fingerprint())
+        parts = Parts(folder, work.fingerprint())
         compute(work, parts)
         found = parts.join(work.source.unreadable)
     if not len(found.features):
@@ -159,7 +160,7 @@ def embed_images(
 def embed(command: EmbedCommand) -> int:
     """Write the features. Raises ConfigError or DataError, with nothing written, for a user's mistake."""
     check_output(command.output, (".npz", ".parquet"))
-    if command.output.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+    if command.output.endswith(".parquet") and importlib.util.find_spec("pyarrow") is None:
         raise ConfigError("--output: expected .npz, or pyarrow for .parquet; pip install 'reco-fast[parquet]'")
     if command.projector is not None and (command.projector.is_file() or list(command.projector.glob("*"))):
         raise ConfigError(f"--projector: expected a new or an empty folder, got {command.projector}")
@@ -170,9 +171,8 @@ def embed(command: EmbedCommand) -> int:
     say(source.passed_over.line())
     if BESIDE in source.unlabelled:
         say(f"no labels: {source.unlabelled}")
-    folder = Path(f"{command.output}.parts")
-    parts = Parts(folder, work.fingerprint())
-    for line in quarantine.leave_out(folder, work.data.loader, {"images": source}):
+    parts = Parts(f"{command.output}.parts", work.fingerprint())
+    for line in quarantine.leave_out(parts.folder, work.data.loader, {"images": source}):
         say(line)
     try:
         meter = compute(work, parts)
@@ -184,13 +184,13 @@ def embed(command: EmbedCommand) -> int:
         parts.remove()
         raise none_good(found.bad)
     with whole_file(command.output) as path:
-        (write_npz if command.output.suffix == ".npz" else write_parquet)(path, found, source)
-    parts.remove()
+        (write_npz if command.output.endswith(".npz") else write_parquet)(path, found, source)
     say(f"{command.output}: {len(found.features):,} × {found.features.shape[1]} features of the {command.which}")
     rate, waited = meter.read()
     if rate:  # else all was done before an interruption
         say(f"{rate:.0f} images/s, {100 * waited:.0f} % of the time waiting for images")
-    name_bad_images(Path(f"{command.output}.bad_images.txt"), found.bad)
+    name_bad_images(f"{command.output}.bad_images.txt", found.bad)
+    parts.remove()
     if command.projector is not None:
         write_projector(command.projector, found, source, workers=loader_workers(work.data))
     return 0
@@ -226,8 +226,8 @@ def compute(work: Work, parts: Parts) -> Meter:
                     advance(len(wanted))
                     meter.add(len(wanted))
                     if time.monotonic() - started > PART_SECONDS:
-                        parts.add(part)
-                        part = Part(step + 1)
+                        whole, part = part, Part(step + 1)  # first: a store that does not take it is not asked again
+                        parts.add(whole)
                         started = time.monotonic()
             finally:
                 parts.add(part)

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
-import timm
 import torch
-import torchvision
 import tyro
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -83,7 +81,11 @@ class Blueprint(NamedTuple):
 
 def _library_model(library: str, name: str, options: dict[str, Any]) -> nn.Module:
     if library == "torchvision":
+        import torchvision
+
         return torchvision.models.get_model(name, weights=None, **options)
+    import timm
+
     return timm.create_model(name, pretrained=False, num_classes=0, **options)
 
 
@@ -96,8 +98,12 @@ def find_blueprint(
     """
     name = arch.rpartition("/")[2]
     if library == "torchvision":
+        import torchvision
+
         known = name in torchvision.models.list_models(module=torchvision.models)
     else:
+        import timm
+
         known = timm.is_model(name)
     if not known:
         return None

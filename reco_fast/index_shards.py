@@ -42,6 +42,8 @@ class IndexCommand(WithPaths):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_cache("cache-gb", self.cache_gb)
+        if is_url(self.output) and not is_url(self.path):
+            raise ConfigError(f"--output: expected a file for local shards, got {self.output}")
         if not self.output.endswith(".json"):
             raise ConfigError(f"--output: expected a file name that ends in .json, got {self.output}")
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,7 +12,16 @@ import numpy as np
 from odd_images import picture
 from PIL import Image
 
-__all__ = ["PROFILED_STEPS", "SMALL", "metrics", "write_classes", "write_pictures", "write_tar"]
+__all__ = [
+    "PROFILED_STEPS",
+    "SMALL",
+    "metrics",
+    "without_times",
+    "write_classes",
+    "write_holes",
+    "write_pictures",
+    "write_tar",
+]
 
 SMALL = (
     "--model.arch timm/test_resnet --model.stem standard --model.bank-size 32 --model.projection-dim 16 "
@@ -19,6 +29,7 @@ SMALL = (
     "--loss.global-weight 1 "
     "--train.batch-size 16 --train.device cpu"
 ).split()
+TIMES = {"images_per_second", "data_wait_fraction", "seconds", "step_ms_p50", "step_ms_p95"}
 PROFILED_STEPS = 3  # of the run that the fixture `profiled` makes
 
 
@@ -54,6 +65,27 @@ def write_tar(path: Path, members: Mapping[str, bytes] | Iterable[tuple[str, byt
     return path
 
 
+def write_holes(folder: Path, shards: int, images: int, size: int = 100_000) -> Path:
+    """Makes `folder` with `shards` shards of so many images each, all headers and no pixels: what takes room on disk
+    are the headers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    member = tarfile.TarInfo()
+    member.size = size
+    for shard in range(shards):
+        with open(folder / f"train-{shard:06d}.tar", "wb", buffering=0) as file:
+            for place in range(images):
+                member.name = f"{shard * images + place:09d}.jpg"
+                file.write(member.tobuf(tarfile.USTAR_FORMAT))
+                file.seek(-(-size // 512) * 512, os.SEEK_CUR)
+            file.truncate(file.tell() + 1024)
+    return folder
+
+
 def metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(run: Path) -> list[dict[str, Any]]:
+    """Likewise, without what no two runs agree on."""
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in metrics(run)]

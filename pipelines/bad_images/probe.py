@@ -10,11 +10,13 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import Any, Literal, Self
 
 import numpy as np
 
 from reco_fast.pipelines.images import BadImage, decode_image, to_plain, to_ppm
+from reco_fast.pipelines.order import ListedOrder
 from reco_fast.pipelines.sources.image_source import ImageSource
 
 Decoder = Literal["dali", "torch"]
@@ -95,25 +97,33 @@ class Probe:
 def probe_all(
     source: ImageSource, indices: Iterable[int], decoder: Decoder, processes: int
 ) -> Iterator[tuple[int, str | None]]:
-    """Each index, in order, with the reason why its image cannot be used or None, found by `processes` at once."""
+    """Each index, in order, with the reason why its image cannot be used or None, found by `processes` at once. Where
+    images come from another machine, more are read than decoded at a time."""
     probes = [Probe(decoder) for _ in range(processes)]
-    free = list(probes)
+    free: SimpleQueue[Probe] = SimpleQueue()
+    for probe in probes:
+        free.put(probe)
 
     def one(index: int) -> tuple[int, str | None]:
-        probe = free.pop()
         try:
-            return index, probe.reason(source.read(index))
+            data = source.read(index)
         except OSError as error:
             return index, error.strerror or type(error).__name__
+        probe = free.get()
+        try:
+            return index, probe.reason(data)
         finally:
-            free.append(probe)
+            free.put(probe)
 
-    todo = list(indices)
+    order = ListedOrder(len(source), 64 * processes, list(indices))
+    supply = source.supply(order, 0)
     try:
-        with ThreadPoolExecutor(processes) as pool:
-            for start in range(0, len(todo), 64 * processes):
-                yield from pool.map(one, todo[start : start + 64 * processes])
+        with ThreadPoolExecutor(max(processes, source.at_once)) as pool:
+            for step in range(order.steps or 0):
+                yield from pool.map(one, order.batch(step)[1].tolist())
+                supply.advance()
     finally:
+        supply.close()
         for probe in probes:
             probe.close()
 

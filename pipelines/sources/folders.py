@@ -51,10 +51,7 @@ class FolderSource(ImageSource):
 
 
 def open_folder(root: Path, rules: Rules = NOW) -> ImageSource:
-    listing = _Listing(os.fspath(root), rules)
-    if not (listing.names or listing.shards) and not rules.tools:
-        inside = _Listing(os.fspath(root), rules._replace(tools=True))  # where there is nothing else
-        listing = inside if inside.names or inside.shards else listing
+    listing = _listing(root, rules)
     source: ImageSource
     if listing.names:
         _keep_classes(listing)
@@ -75,6 +72,19 @@ def open_folder(root: Path, rules: Rules = NOW) -> ImageSource:
     passed_over = listing.passed_over.line()
     content = f"it has none of them ({passed_over})" if passed_over else "it is empty"
     raise DataError(f"{root}: expected images (.jpg, .png, .webp, …) or .tar shards below this folder, {content}")
+
+
+def shards_below(root: Path, rules: Rules = NOW) -> list[str]:
+    """The `.tar` files that `open_folder` takes where there are no other images: paths below `root`, in its order."""
+    return sorted(_listing(root, rules).shards)
+
+
+def _listing(root: Path, rules: Rules) -> "_Listing":
+    listing = _Listing(os.fspath(root), rules)
+    if not (listing.names or listing.shards) and not rules.tools:
+        inside = _Listing(os.fspath(root), rules._replace(tools=True))  # where there is nothing else
+        listing = inside if inside.names or inside.shards else listing
+    return listing
 
 
 def _keep_classes(listing: "_Listing") -> None:

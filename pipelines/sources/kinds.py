@@ -58,7 +58,7 @@ def is_tool_folder(name: str) -> bool:
 
 def is_rubbish(name: str) -> bool:
     """Whether a system, a file manager or `make_shards` wrote it for itself: not even worth a word."""
-    return name.startswith(("._", "make_shards.")) or name.lower() in _RUBBISH
+    return name.startswith(("._", "make_shards.")) or name.lower() in _RUBBISH or name == "index.json"
 
 
 def kind_by_start(start: bytes, rules: Rules) -> str:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from torchvision.datasets.utils import download_url
 
 from reco_fast.errors import DataError
 from reco_fast.pipelines.sources.caches import cache_folder
@@ -82,6 +81,8 @@ def _fetched(name: str, data_set: DataSet) -> Path:
     folder = cache / name
     if folder.is_dir():
         return folder
+    from torchvision.datasets.utils import download_url  # which imports PyTorch
+
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with open(cache / f".{name}.lock", "a") as lock:

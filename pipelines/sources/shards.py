@@ -36,6 +36,12 @@ class ShardContent(NamedTuple):
     passed_over: dict[str, tuple[int, str]]
     reason: str
 
+    @property
+    def samples(self) -> int:
+        """How many have an image or a class: as WebDataset counts, `key.jpg` and `key.mask.png` are of one."""
+        keys = {f"{folder}/{stem}" for folder, stem, _ in map(_sample, self.names)}
+        return len(keys | self.classes.keys())
+
 
 class TarSource(ImageSource):
     """Images inside uncompressed `.tar` shards in WebDataset layout, known by their headers and then read in any order.

@@ -10,10 +10,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from glob import has_magic
 from pathlib import Path
+from typing import NamedTuple
 
 from reco_fast.errors import DataError
 from reco_fast.pipelines.sources import kinds
 from reco_fast.pipelines.sources.caches import cache_folder
+from reco_fast.pipelines.sources.folders import shards_below
 from reco_fast.pipelines.sources.image_source import ImageSource
 from reco_fast.pipelines.sources.kinds import NOW, PassedOver, Rules
 from reco_fast.pipelines.sources.patterns import matching, spread_braces
@@ -47,8 +49,19 @@ def open_index(place: str, rules: Rules, stores: Stores) -> ImageSource:
     if first is None:
         raise DataError(f"{place}: expected an index of shards, it has none")
     if is_url(first.place):
+        _check_first(first)
         return _opened(read_index(place), rules, stores)
     return _local(read_index(place), rules)
+
+
+def _check_first(shard: IndexedShard) -> None:
+    """That the shards of an index are where it says: of the first, for a thousand would take long."""
+    if shard.stat is None:  # all are asked for
+        return
+    try:
+        StoredShard(shard.place, shard.stat).check()
+    except Lost as error:
+        raise DataError(f"{shard.place}: expected the shard as it was indexed, {error.strerror}") from None
 
 
 def _by_name(pattern: str) -> list[str]:
@@ -70,8 +83,7 @@ def shards_at(path: str, stores: Stores) -> Iterator[IndexedShard]:
     if text.endswith(".tar") or has_magic(text) or "{" in text:
         shards = [IndexedShard(each, posixpath.basename(each), None, None) for each in _by_name(text)]
     else:
-        below = {name: each for name, each in store.listing(text).items() if name.endswith(".tar")}
-        shards = [IndexedShard(store.join(text, name), name, each, None) for name, each in below.items()]
+        shards = _list_below(text, NOW).shards
     if not shards:
         raise DataError(f"{text}: expected .tar shards below this URL, there are none")
     yield from indexed(shards, NOW, open_cache(stores), stores)
@@ -79,16 +91,27 @@ def shards_at(path: str, stores: Stores) -> Iterator[IndexedShard]:
 
 def _local_shards(text: str) -> Iterator[IndexedShard]:
     place = Path(os.path.expanduser(text)).absolute()
-    shards = sorted(place.rglob("*.tar")) if place.is_dir() else matching(os.fspath(place))
+    if place.is_dir():
+        shards = {name: place / name for name in shards_below(place)}
+    else:
+        shards = {path.name: path for path in matching(os.fspath(place))}
     if not shards:
         raise DataError(f"{text}: expected .tar files, there are none")
-    for shard in shards:
-        name = os.fspath(shard.relative_to(place)) if place.is_dir() else shard.name
+    for name, shard in shards.items():
         content = index_shard(os.fspath(shard))
         yield IndexedShard(os.fspath(shard), name, Stat(shard.stat().st_size, ""), content)
 
 
-def _open_below(url: str, rules: Rules, stores: Stores) -> ImageSource:
+class _Below(NamedTuple):
+    """What lies below a URL, by name: images, shards, and what is neither."""
+
+    files: dict[str, Stat]
+    shards: list[IndexedShard]
+    passed_over: PassedOver
+    has_index: bool
+
+
+def _list_below(url: str, rules: Rules) -> _Below:
     files: dict[str, Stat] = {}
     shards: list[IndexedShard] = []
     passed_over = PassedOver()
@@ -104,15 +127,20 @@ def _open_below(url: str, rules: Rules, stores: Stores) -> ImageSource:
             files[name] = each
         elif suffix == ".tar":
             shards.append(IndexedShard(store.join(url, name), name, each, None))
-        elif not kinds.is_rubbish(base) and name != INDEX:
+        elif not kinds.is_rubbish(base):
             passed_over.add(kinds.suffix_of(base) or kinds.NO_SUFFIX, name)
+    return _Below(files, shards, passed_over, INDEX in listed)
+
+
+def _open_below(url: str, rules: Rules, stores: Stores) -> ImageSource:
+    files, shards, passed_over, has_index = _list_below(url, rules)
     source: ImageSource
     if files:
         for shard in shards:
             passed_over.add(".tar", shard.name)
         source = StoredFolderSource(url, files)
     elif shards:
-        source = _opened(_by_index_beside(url, shards) if INDEX in listed else shards, rules, stores)
+        source = _opened(_by_index_beside(url, shards) if has_index else shards, rules, stores)
     else:
         seen = passed_over.line()
         content = f"it has none of them ({seen})" if seen else "there is nothing"

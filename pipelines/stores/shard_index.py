@@ -18,6 +18,8 @@ from reco_fast.pipelines.stores.where import is_url
 _PIECE = 4 * 2**20  # bytes of an index in a store, at a time
 _KIND = "wids-shard-index-v1"
 _MOST = 2**62
+_CONTENT = {"names": list, "offsets": list, "sizes": list, "aside": dict, "classes": dict, "passed_over": dict}
+_CONTENT["reason"] = str
 
 
 class IndexedShard(NamedTuple):
@@ -42,7 +44,7 @@ def index_lines(shards: Iterable[IndexedShard], folder: str) -> Iterator[str]:
         content = shard.content._asdict() | {"aside": {str(n): kind for n, kind in shard.content.aside.items()}}
         values = {
             "url": shard.place.removeprefix(inside),
-            "nsamples": len(shard.content.names),
+            "nsamples": shard.content.samples,
             "filesize": shard.stat.size,
             "tag": shard.stat.tag,
             "name": shard.name,
@@ -65,33 +67,44 @@ def read_index(place: str) -> Iterator[IndexedShard]:
 
 def _shard(values: Any, folder: str) -> IndexedShard:
     url = values["url"]
-    if not isinstance(url, str) or "\0" in url:
+    # A path that an index in a store names would be of whose machine?
+    if not _is_text(url) or "\0" in url or (is_url(folder) and os.path.isabs(url)):
         raise ValueError("a url")
     place = url if is_url(url) or os.path.isabs(url) else f"{folder}/{url}" if folder else url
     if is_url(place):
         store.check_url(place)
     name = values.get("name", posixpath.basename(url))
     size, tag = values.get("filesize"), values.get("tag", "")
-    if not isinstance(name, str) or not isinstance(tag, str) or not (size is None or _is_count(size)):
-        raise ValueError("a name or a filesize")
+    if not _is_text(name) or not _is_text(tag) or not (size is None or _is_count(size)):
+        raise ValueError("a name, a tag or a filesize")
     stat = None if size is None or "tag" not in values else Stat(size, tag)
     return IndexedShard(place, name, stat, content_of(values["content"]) if "content" in values else None)
 
 
 def content_of(values: Any) -> ShardContent:
     """From JSON. Raises ValueError, TypeError or KeyError where it is something else."""
-    names, offsets, sizes = values["names"], values["offsets"], values["sizes"]
+    for name, kind in _CONTENT.items():
+        if not isinstance(values[name], kind):
+            raise ValueError(name)
+    names, offsets, sizes, reason = values["names"], values["offsets"], values["sizes"], values["reason"]
     if not (len(names) == len(offsets) == len(sizes) and all(map(_is_count, offsets)) and all(map(_is_count, sizes))):
         raise ValueError("offsets or sizes")
     aside = {int(n): kind for n, kind in values["aside"].items()}
-    classes, reason = values["classes"], values["reason"]
     passed_over = {kind: (count, name) for kind, (count, name) in values["passed_over"].items()}
-    texts = [*names, *aside.values(), *classes.values(), reason, *(name for _, name in passed_over.values())]
-    if not all(isinstance(text, str) for text in texts) or not all(_is_count(n) for n, _ in passed_over.values()):
+    texts = [*names, *aside.values(), *values["classes"].values(), *(name for _, name in passed_over.values())]
+    if not all(map(_is_text, texts)) or not all(_is_count(n) for n, _ in passed_over.values()):
         raise ValueError("names or classes")
     if any(not 0 <= n < len(names) for n in aside):
         raise ValueError("aside")
-    return ShardContent(names, offsets, sizes, aside, classes, passed_over, reason)
+    return ShardContent(names, offsets, sizes, aside, values["classes"], passed_over, reason)
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is one that a file name could be."""
+    try:
+        return isinstance(value, str) and os.fsencode(value) is not None
+    except UnicodeEncodeError:  # half of a pair of surrogates
+        return False
 
 
 def _is_count(value: object) -> bool:

@@ -31,7 +31,7 @@ import torch
 
 from reco_fast.data.loaders import available_cores
 from reco_fast.profiling.benchmarks.gpu_parts import Task, parts
-from reco_fast.profiling.benchmarks.machine import Machine
+from reco_fast.profiling.machine import Machine
 from reco_fast.run.files import write_json
 from reco_fast.run.run_folder import environment
 from reco_fast.settings import command_line

@@ -31,9 +31,9 @@ from reco_fast.data.loaders import available_cores
 from reco_fast.errors import ConfigError
 from reco_fast.method.state import pick_device, pick_precision
 from reco_fast.profiling.benchmarks.contestants import trainer
-from reco_fast.profiling.benchmarks.machine import LOCK, Machine, device_name
 from reco_fast.profiling.benchmarks.step import DEFAULT as STEP
 from reco_fast.profiling.benchmarks.step import StepOptions, take_turn, warmup_steps
+from reco_fast.profiling.machine import LOCK, Machine, device_name
 from reco_fast.run.files import write_json, write_text
 from reco_fast.run.run_folder import environment
 from reco_fast.settings import command_line

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from reco_fast.kernels import launch
 from reco_fast.kernels.reference import BFLOAT16_ATTENTION, CudaAttention, reco_loss_sdpa, reco_loss_torch
-from reco_fast.profiling.benchmarks.machine import Machine, device_name
+from reco_fast.profiling.machine import Machine, device_name
 from reco_fast.run.files import write_json, write_text
 from reco_fast.run.run_folder import environment
 from reco_fast.settings import command_line

@@ -37,7 +37,7 @@ from reco_fast.method import cuda_graph
 from reco_fast.method.state import pick_device, pick_precision
 from reco_fast.profiling.benchmarks import contestants
 from reco_fast.profiling.benchmarks.contestants import Contestant
-from reco_fast.profiling.benchmarks.machine import Machine, device_name
+from reco_fast.profiling.machine import Machine, device_name
 from reco_fast.run.arguments import config_and_rest
 from reco_fast.run.files import write_json, write_text
 from reco_fast.run.run_folder import environment

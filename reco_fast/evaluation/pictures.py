@@ -1,6 +1,7 @@
 """Pictures of an evaluation: confusion, accuracy by class, kNN over k and τ, nearest neighbours, a map of the features.
 
-matplotlib is imported by the functions only. Nothing of its global state is used, so no display is needed.
+matplotlib and scikit-learn are imported by the functions only. Nothing of matplotlib's global state is used, so no
+display is needed.
 """
 
 import importlib.util
@@ -14,8 +15,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ImageOps
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
 
 from reco_fast.errors import ConfigError
 from reco_fast.pipelines.images import decode_image
@@ -202,6 +201,9 @@ def _class(source: ImageSource, places: Ints, which: int) -> str:
 
 def project(features: Floats) -> Floats:
     """Two dimensions [n, 2] by t-SNE, from the rows of `features` [n, F] at length 1. At least 4 rows."""
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
     units = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     if np.ptp(units, axis=0).max() < 1e-6:  # all alike
         return np.zeros((len(units), 2))

@@ -4,12 +4,14 @@
 
 A shard holds the images as they are stored, not decoded, as KEY.SUFFIX, and KEY.cls with the name of its class where
 images have classes. They are shuffled, the same way each time. The key is the number of the image in FOLDER, from 0 in
-the order of names: 00000042.jpg is line 43 of make_shards.names.txt, which lies beside the shards.
+the order of names: 00000042.jpg is line 43 of make_shards.names.txt, which lies beside the shards, as does their
+index.json.
 
 Interrupted, the same command goes on where it stopped. The same images give the same shards, byte by byte.
 """
 
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -25,6 +27,10 @@ from reco_fast.make_shards.plan import PlannedShard, ShardPlan, plan_shards, wri
 from reco_fast.make_shards.target import Target, open_target
 from reco_fast.pipelines.sources.image_source import ImageSource
 from reco_fast.pipelines.sources.open import open_source
+from reco_fast.pipelines.sources.shards import ShardContent, index_shard
+from reco_fast.pipelines.stores.opening import INDEX
+from reco_fast.pipelines.stores.shard_index import IndexedShard, index_lines
+from reco_fast.pipelines.stores.store import Stat
 from reco_fast.settings import command_line
 from reco_fast.settings.terminal import say
 from reco_fast.settings.typed import WithPaths, one_line, shell_word
@@ -65,20 +71,22 @@ def make_shards(command: ShardsCommand) -> int:
     with open_target(command.url) as target, ThreadPoolExecutor(_READERS) as readers:
         plan = plan_shards(source, command.shard_mb * 1e6, readers)
         there = _begin(target, plan, source)
-        todo = [shard for shard in plan.shards if there.get(shard.name) != shard.size]
+        todo = [shard for shard in plan.shards if shard.name not in there or there[shard.name].size != shard.size]
         if len(todo) < len(plan.shards):
             say(f"{target.place}: {len(plan.shards) - len(todo):,} of {len(plan.shards):,} shards are there")
-        bad = _BadImages(target, plan, source, BAD in there)
-        for done, seconds in _written(todo, target, plan, source, readers, bad):
+        bad, contents = _BadImages(target, plan, source, BAD in there), dict[str, ShardContent]()
+        for done, seconds in _written(todo, target, plan, source, readers, bad, contents):
             rate = sum(shard.size for shard in done) / 1e6 / seconds
             say(f"{len(done):,} of {len(todo):,} shards, {rate:.0f} MB/s")
+        if todo or INDEX not in there:
+            _write_index(target, plan, contents)
         _finish(target, plan, bad, len(source))
     return 0
 
 
-def _begin(target: Target, plan: ShardPlan, source: ImageSource) -> dict[str, int]:
-    """What is there of this plan, by name, in bytes. Raises ConfigError where it is of another."""
-    there = target.sizes()
+def _begin(target: Target, plan: ShardPlan, source: ImageSource) -> dict[str, Stat]:
+    """What is there of this plan, by name. Raises ConfigError where it is of another."""
+    there = target.stats()
     if PLAN in there:
         try:
             known = json.loads(target.read(PLAN))["fingerprint"]
@@ -135,12 +143,16 @@ def _written(
     source: ImageSource,
     readers: ThreadPoolExecutor,
     bad: _BadImages,
+    contents: dict[str, ShardContent],
 ) -> Iterator[tuple[list[PlannedShard], float]]:
-    """Write shards and send them; now and then, and at the end, those that are there, and the seconds that it took."""
+    """Write shards and send them, and put into `contents` what is inside; now and then, and at the end, those that are
+    there, and the seconds that it took."""
     stop = threading.Event()
 
     def one(shard: PlannedShard) -> PlannedShard:
-        bad.add(write_shard(target.temporary(shard.name), shard, plan, source, readers, lambda: not stop.is_set()))
+        path = target.temporary(shard.name)
+        bad.add(write_shard(path, shard, plan, source, readers, lambda: not stop.is_set()))
+        contents[shard.name] = index_shard(os.fspath(path))
         target.send(shard.name)
         return shard
 
@@ -162,6 +174,17 @@ def _abandoned(pool: ThreadPoolExecutor, stop: threading.Event) -> Iterator[Thre
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
+
+
+def _write_index(target: Target, plan: ShardPlan, contents: dict[str, ShardContent]) -> None:
+    """`contents`: what is inside the shards of this process; those of one before are looked into."""
+    stats = target.stats()
+    shards = [
+        IndexedShard(f"{target.place}/{shard.name}", shard.name, stats[shard.name], contents.get(shard.name))
+        for shard in plan.shards
+    ]
+    text = "".join(index_lines(target.contents(shards), target.place))
+    target.write(INDEX, text.encode("utf-8", "surrogateescape"))
 
 
 def _finish(target: Target, plan: ShardPlan, bad: _BadImages, count: int) -> None:

@@ -8,9 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from reco_fast.errors import ConfigError, DataError
+from reco_fast.pipelines.sources.kinds import NOW
+from reco_fast.pipelines.sources.shards import index_shard
 from reco_fast.pipelines.stores import store
-from reco_fast.pipelines.stores.store import Absent, Lost
-from reco_fast.pipelines.stores.where import is_url
+from reco_fast.pipelines.stores.opening import indexed, open_cache
+from reco_fast.pipelines.stores.shard_index import IndexedShard
+from reco_fast.pipelines.stores.store import Absent, Lost, Stat
+from reco_fast.pipelines.stores.where import HERE, is_url
 from reco_fast.settings.typed import at_home
 
 
@@ -21,10 +25,15 @@ class Target:
         self.place = os.fspath(folder)
         self._folder = folder
 
-    def sizes(self) -> dict[str, int]:
-        """Of the files right inside, by name, in bytes."""
+    def stats(self) -> dict[str, Stat]:
+        """Of the files right inside, by name."""
         with os.scandir(self._folder) as entries:
-            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+            return {entry.name: Stat(entry.stat().st_size, "") for entry in entries if entry.is_file()}
+
+    def contents(self, shards: list[IndexedShard]) -> Iterator[IndexedShard]:
+        """With what is inside those of which it is not known."""
+        for shard in shards:
+            yield shard._replace(content=shard.content or index_shard(shard.place))
 
     def read(self, name: str) -> bytes:
         return (self._folder / name).read_bytes()
@@ -52,8 +61,11 @@ class _StoreTarget(Target):
         super().__init__(scratch)
         self.place = url.rstrip("/")
 
-    def sizes(self) -> dict[str, int]:
-        return {name: stat.size for name, stat in store.listing(self.place).items() if "/" not in name}
+    def stats(self) -> dict[str, Stat]:
+        return {name: stat for name, stat in store.listing(self.place).items() if "/" not in name}
+
+    def contents(self, shards: list[IndexedShard]) -> Iterator[IndexedShard]:
+        return indexed(shards, NOW, open_cache(HERE), HERE)
 
     def read(self, name: str) -> bytes:
         return store.read_whole(store.join(self.place, name))

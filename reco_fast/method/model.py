@@ -1,12 +1,13 @@
-"""Encoders: any torchvision or timm backbone by name, the projector, and how the teacher follows the student."""
+"""Encoders: any torchvision or timm backbone by name, the projector, and how the teacher follows the student.
+
+Both libraries take seconds to import, so only the functions that ask them for something import them.
+"""
 
 import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import timm
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from reco_fast.errors import ConfigError
@@ -131,8 +132,12 @@ def torchvision_options(name: str) -> dict[str, Any]:
 def library_of(arch: str) -> tuple[Literal["torchvision", "timm"], str]:
     """The library that builds a backbone, and its name there. Raises ConfigError for one that neither has."""
     library, _, name = arch.rpartition("/")
+    import torchvision
+
     if library in ("", "torchvision") and name in torchvision.models.list_models(module=torchvision.models):
         return "torchvision", name
+    import timm
+
     if library in ("", "timm") and timm.is_model(name):
         return "timm", name
     names = torchvision.models.list_models(module=torchvision.models) + timm.list_models()
@@ -144,6 +149,8 @@ def library_of(arch: str) -> tuple[Literal["torchvision", "timm"], str]:
 def _create(arch: str, image_size: int) -> nn.Module:
     library, name = library_of(arch)
     if library == "torchvision":
+        import torchvision
+
         return _without_classifier(torchvision.models.get_model(name, weights=None, **torchvision_options(name)))
     try:
         return timm_backbone(name, image_size)
@@ -153,6 +160,8 @@ def _create(arch: str, image_size: int) -> nn.Module:
 
 def timm_backbone(name: str, image_size: int, **options: Any) -> nn.Module:
     """timm's network without its classifier, for images of that size. Raises whatever timm raises."""
+    import timm
+
     try:  # transformers are built for one image size; convolutional nets do not take the argument
         return timm.create_model(name, num_classes=0, img_size=image_size, **options)
     except TypeError:

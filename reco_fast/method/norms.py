@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -137,46 +136,44 @@ class _Grouped(_BatchNorm):
         self.running_var.addmv_(var.detach().T, shares, beta=kept, alpha=values / (values - 1))
 
 
-class _Grouped1d(_Grouped, nn.BatchNorm1d):
-    pass
+class _GroupedAct(_Grouped):
+    """timm's, which drops out and activates what it has normalised."""
 
+    drop: nn.Module
+    act: nn.Module
 
-class _Grouped2d(_Grouped, nn.BatchNorm2d):
-    pass
-
-
-class _Grouped3d(_Grouped, nn.BatchNorm3d):
-    pass
-
-
-class _GroupedAct2d(_Grouped, BatchNormAct2d):
     def then(self, normalised: Tensor) -> Tensor:
-        return self.act(self.drop(normalised))
+        activated: Tensor = self.act(self.drop(normalised))
+        return activated
 
 
-_GROUPED: dict[type, type[_Grouped]] = {
-    nn.BatchNorm1d: _Grouped1d,
-    nn.BatchNorm2d: _Grouped2d,
-    nn.BatchNorm3d: _Grouped3d,
-    BatchNormAct2d: _GroupedAct2d,
-}
+@functools.cache
+def _grouped(kind: type) -> type | None:
+    """The class that takes groups in place of `kind`. timm's is known by its name: a network without it does without
+    the seconds in which timm is imported."""
+    if kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+        return type(f"Grouped{kind.__name__}", (_Grouped, kind), {})
+    if (kind.__module__, kind.__name__) == ("timm.layers.norm_act", "BatchNormAct2d"):
+        return type(f"Grouped{kind.__name__}", (_GroupedAct, kind), {})
+    return None
 
 
 def can_group(model: nn.Module) -> bool:
     """Whether `use_groups` knows every batch norm in `model`. A subclass may do anything around its norm."""
-    return all(type(norm) in _GROUPED and norm.momentum is not None for norm in batch_norms(model))
+    norms: list[Any] = [*batch_norms(model)]
+    return all(_grouped(norm.__class__) is not None and norm.momentum is not None for norm in norms)
 
 
 def use_groups(model: nn.Module, groups: int, views: int = 1) -> None:
     """Make every batch norm in `model` one of `groups` in each of the batch's `views`; parameters and buffers stay."""
+    norm: Any
     for norm in batch_norms(model):
         momentum = norm.momentum or 0.0
         device = None if norm.running_mean is None else norm.running_mean.device
         powers = torch.arange(groups * views - 1, -1, -1, device=device)
-        norm.__class__ = _GROUPED[type(norm)]
-        grouped: Any = norm
-        grouped.groups, grouped.views = groups, views
-        grouped.register_buffer("shares", momentum * (1 - momentum) ** powers, persistent=False)
+        norm.__class__ = _grouped(norm.__class__)
+        norm.groups, norm.views = groups, views
+        norm.register_buffer("shares", momentum * (1 - momentum) ** powers, persistent=False)
 
 
 class NormBuffers:

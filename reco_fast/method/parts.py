@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from timm.layers.norm import RmsNorm
-from timm.models import group_parameters
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
@@ -26,7 +24,6 @@ _TORCHVISION = {
         (r"^", (99999,)),
     ],
 }
-_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, RmsNorm)
 _PATCH_EMBEDDINGS = ("patch_embed.proj", "conv_proj")  # timm's, torchvision's
 _LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -36,7 +33,10 @@ def freeze_parts(backbone: nn.Module, config: ModelConfig) -> None:
     their stored statistics, in copies as well. Raises ConfigError for a backbone without such parts."""
     frozen: list[nn.Parameter] = []
     if config.freeze == "norms":
-        norms = [module for module in backbone.modules() if isinstance(module, _NORMS)]
+        from timm.layers.norm import RmsNorm
+
+        kinds = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, RmsNorm)
+        norms = [module for module in backbone.modules() if isinstance(module, kinds)]
         if not norms:
             raise ConfigError(f"--model.freeze: expected a number of stages for {config.arch}, which has no norms")
         frozen += [parameter for norm in norms for parameter in norm.parameters(recurse=False)]
@@ -66,6 +66,8 @@ def freeze_parts(backbone: nn.Module, config: ModelConfig) -> None:
 
 def _stages(backbone: nn.Module) -> list[list[nn.Parameter]]:
     """The parameters of the stem and of each stage after it."""
+    from timm.models import group_parameters
+
     known: Any = backbone
     matcher = known.group_matcher(coarse=True) if hasattr(backbone, "group_matcher") else _TORCHVISION
     return list(group_parameters(backbone, matcher, return_values=True).values())

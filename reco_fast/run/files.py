@@ -1,13 +1,20 @@
 """Files that anybody may have written are read with limits; those that we write appear whole or not at all."""
 
 import contextlib
+import io
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from reco_fast.errors import ConfigError
+from reco_fast.errors import ConfigError, DataError
+from reco_fast.pipelines.stores import store
+from reco_fast.pipelines.stores.store import Lost
+from reco_fast.pipelines.stores.where import is_url
+
+_PIECE = 16 * 2**20  # bytes of one request
 
 
 def read_json(path: Path) -> Any:
@@ -52,8 +59,12 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(values, indent=2) + "\n")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Appears whole or not at all; a link that lies in the way is replaced, never followed."""
+def write_text(place: Path | str, text: str) -> None:
+    """At a path or a URL. Appears whole or not at all; a link that lies in the way is replaced, never followed."""
+    url, path = os.fspath(place), Path(place)
+    if is_url(url):
+        with _stored(url):
+            return store.write(url, text.encode("utf-8", "surrogateescape"))
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -67,18 +78,33 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
-def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
-    """Raises ConfigError for another suffix, or where a folder stands in the way."""
-    if path.suffix not in suffixes:
-        raise ConfigError(f"--output: expected a file name that ends in {' or '.join(suffixes)}, got {path}")
-    if path.is_dir():
-        raise ConfigError(f"--output: expected a file, got the folder {path}")
+def check_output(place: Path | str, suffixes: tuple[str, ...]) -> None:
+    """Raises ConfigError for another suffix, a URL that no store has, or where a folder stands in the way."""
+    if is_url(os.fspath(place)):
+        try:
+            store.check_url(os.fspath(place))
+        except DataError as error:
+            raise ConfigError(f"--output: {error}") from None
+    if os.path.splitext(place)[1] not in suffixes:
+        raise ConfigError(f"--output: expected a file name that ends in {' or '.join(suffixes)}, got {place}")
+    if os.path.isdir(place):
+        raise ConfigError(f"--output: expected a file, got the folder {place}")
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, which takes its place at the end of the block, on disk; nothing stays of a
-    block that fails. Makes the folder. Raises ConfigError where it cannot be written."""
+def whole_file(place: Path | str) -> Iterator[Path]:
+    """A temporary name for what will be at `place`, a path or a URL: it appears there whole at the end of the block, on
+    disk; nothing stays of a block that fails. Makes the folder. Raises ConfigError where it cannot be written."""
+    url = os.fspath(place)
+    if is_url(url):
+        with tempfile.TemporaryDirectory(prefix="reco_fast-") as scratch:
+            local = Path(scratch) / os.path.basename(url)
+            with whole_file(local) as temporary:
+                yield temporary
+            with _stored(url):
+                store.upload(os.fspath(local), url)
+        return
+    path = Path(place)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,3 +120,38 @@ def whole_file(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def file_names(folder: str) -> list[str]:
+    """Of the files right inside a folder, at a path or a URL, sorted; none where there is no folder."""
+    if not is_url(folder):
+        return sorted(path.name for path in Path(folder).glob("*") if path.is_file())
+    with _stored(folder):
+        return [name for name in store.listing(folder) if "/" not in name]
+
+
+def open_file(place: str) -> IO[bytes]:
+    """A file, at a path or a URL, to be read."""
+    if not is_url(place):
+        return open(place, "rb")
+    with _stored(place):
+        size = store.stat(place).size
+        pieces = [store.read(place, start, min(start + _PIECE, size)) for start in range(0, size, _PIECE)]
+    return io.BytesIO(b"".join(pieces))
+
+
+def remove_file(place: Path | str) -> None:
+    """At a path or a URL; nothing where there is none."""
+    url = os.fspath(place)
+    if not is_url(url):
+        return Path(place).unlink(missing_ok=True)
+    with _stored(url):
+        store.remove(url)
+
+
+@contextlib.contextmanager
+def _stored(url: str) -> Iterator[None]:
+    try:
+        yield
+    except Lost as error:
+        raise ConfigError(f"--output: expected a store that keeps files, got {url} ({error.strerror})") from None

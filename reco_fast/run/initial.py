@@ -10,9 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import timm
 import torch
-import torchvision
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -124,6 +122,8 @@ def _open(config: Config) -> Weights:
 
 
 def _of_timm(arch: str, tag: str, config: Config) -> Weights:
+    import timm
+
     arch = arch.partition(".")[0]
     tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{arch}.*")]
     if not tags or (tag and tag not in tags):
@@ -140,6 +140,8 @@ def _of_timm(arch: str, tag: str, config: Config) -> Weights:
 
 
 def _of_torchvision(arch: str, name: str) -> Weights:
+    import torchvision
+
     weights = torchvision.models.get_model_weights(arch).__members__
     if (name or "DEFAULT") not in weights:
         has = ", ".join(weights) or "none"
@@ -169,8 +171,12 @@ def _usual(arch: str) -> tuple[Colour | None, Colour | None]:
     """How images are normalised for the weights that the library of a network has for it."""
     library, name = library_of(arch)
     if library == "torchvision":
+        import torchvision
+
         weights: Any = torchvision.models.get_model_weights(name).__members__.get("DEFAULT")
         return _usual_of_torchvision(weights) if weights is not None else (None, None)
+    import timm
+
     known: Any = timm.models.get_pretrained_cfg(name.partition(".")[0])
     return (None, None) if known is None else (tuple(known.mean), tuple(known.std))
 

@@ -14,7 +14,6 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from reco_fast.errors import ConfigError
 from reco_fast.pipelines.sources.image_source import ImageSource
@@ -59,6 +58,8 @@ class RunLog:
         self._on_metrics = on_metrics
         if directory is None:
             return
+        from torch.utils.tensorboard import SummaryWriter  # half a second, which other ranks and commands do without
+
         _drop_lines_after(directory / "metrics.jsonl", first_step)
         self._file = open(directory / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
         self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step or None, flush_secs=2)

@@ -101,9 +101,7 @@ def test_the_pack_holds_results_and_no_more(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_benchmark_is_timed_when_the_checks_are_done(tmp_path: Path) -> None:
     """Also one that has begun long before it asks: its share is held from its start."""
-    timed = (
-        "from reco_fast.profiling.benchmarks.machine import Machine\nwith Machine().alone(): print(time.monotonic())"
-    )
+    timed = "from reco_fast.profiling.machine import Machine\nwith Machine().alone(): print(time.monotonic())"
     parts = {
         "check": Task(60, [[*PYTHON, "import time; time.sleep(2); print(time.monotonic())"]], "check"),
         "benchmark": Task(60, [[*PYTHON, f"import time\ntime.sleep(0.5)\n{timed}"]], "benchmark"),

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from reco_fast.profiling.benchmarks.machine import LOCK, Machine
+from reco_fast.profiling.machine import LOCK, Machine
 
 # Gets ready, from when all three have begun to, for so long, then is timed; says when it did what.
 PROCESS = """
 import sys, time
 from pathlib import Path
-from reco_fast.profiling.benchmarks.machine import Machine
+from reco_fast.profiling.machine import Machine
 machine = Machine(Path(sys.argv[1]))
 print("ready", time.monotonic(), flush=True)
 Path(sys.argv[1] + "." + sys.argv[2]).touch()

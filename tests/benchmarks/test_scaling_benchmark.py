@@ -163,7 +163,7 @@ def test_growth_beside_a_gpu_times_one_row_at_a_time(monkeypatch: pytest.MonkeyP
     # What `growth.measure` does with the machine, without a model.
     program = f"""
 import json, time
-from reco_fast.profiling.benchmarks.machine import Machine
+from reco_fast.profiling.machine import Machine
 def note(what):
     with open({str(seen)!r}, "a") as file:
         file.write(what + "\\n")

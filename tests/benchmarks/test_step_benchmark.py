@@ -14,7 +14,8 @@ from torch import Tensor
 from reco_fast.method.losses import reco_loss
 from reco_fast.method.state import build_state
 from reco_fast.method.step import Schedule, draw, train_step
-from reco_fast.profiling.benchmarks import contestants, machine, step
+from reco_fast.profiling import machine
+from reco_fast.profiling.benchmarks import contestants, step
 from reco_fast.profiling.benchmarks.naive import NaiveReCo
 from reco_fast.settings.config import Config, DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 

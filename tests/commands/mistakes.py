@@ -28,10 +28,14 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 
 # ruff: noqa: E402
 import numpy as np
+import timm  # noqa: F401 - as three more below: else each child would import them
 import torch
+import torch.utils.tensorboard
+import torchvision  # noqa: F401
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import reco_fast.training.loop  # noqa: F401
 from reco_fast import check_images, embed, evaluate, export, train
 from reco_fast.profiling import report
 from reco_fast.run import checkpoint

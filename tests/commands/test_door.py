@@ -1,8 +1,10 @@
 """`reco-fast COMMAND`, and its completion."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -31,6 +33,23 @@ def test_an_unknown_command_is_one_line(refused: Callable[..., str]) -> None:
 
 def test_a_mistake_behind_the_door_is_one_line(refused: Callable[..., str]) -> None:
     assert "--train.epochs" in refused(door.main, "train", "--train.epochs", "0")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "shown"),
+    [
+        ("reco_fast train --help", 0, "usage: reco-fast train quickstart "),
+        ("reco_fast.train cifar10 --train.epoch 1", 2, "error: --train.epoch: unknown flag; "),
+        ("reco_fast.train --optim.lr 0", 2, "error: --optim.lr: expected a number above 0, got 0"),
+    ],
+)
+def test_the_command_line_is_read_without_pytorch(words: str, code: int, shown: str, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise RuntimeError('imported')")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    line = [sys.executable, "-m", *words.split()]
+    done = subprocess.run(line, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == code, done.stderr
+    assert (done.stdout + done.stderr).startswith(shown)
 
 
 def test_it_is_a_module_too() -> None:

@@ -24,6 +24,7 @@ from reco_fast.pipelines.sources.folders import FolderSource
 from reco_fast.pipelines.sources.image_source import ImageSource
 from reco_fast.pipelines.sources.open import open_source
 from reco_fast.pipelines.stores import store
+from reco_fast.pipelines.stores.shard_index import read_index
 
 MB = 0.03  # of a shard here
 
@@ -35,9 +36,10 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+def hasty(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     monkeypatch.setattr(store, "FIRST_WAIT", 0.01)
     monkeypatch.setattr(store, "PATIENCE", 2.0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setattr("s3fs.S3FileSystem.retries", 1)
 
 
@@ -93,11 +95,20 @@ def test_a_store_gets_what_a_folder_gets(images: Path, tmp_path: Path, s3: S3Ser
     make(images, tmp_path)
     local = files(tmp_path)
     assert s3.keys() == sorted(f"train/mine/{name}" for name in local)
-    assert {name: s3.get(f"train/mine/{name}") for name in local} == local
+    there = {name: s3.get(f"train/mine/{name}") for name in local}
+    assert there | {"index.json": b""} == local | {"index.json": b""}
+    indices = [list(read_index(f"{place}/index.json")) for place in (url, os.fspath(tmp_path))]
+    assert [shard.place for shard in indices[0]] == [f"{url}/{name}" for name in sorted(shards(local))]
+    assert [(shard.name, shard.content) for shard in indices[0]] == [
+        (shard.name, shard.content) for shard in indices[1]
+    ]
     s3.delete("train/mine/000002.tar")
     s3.forget()
     make(images, url)
-    assert [asked.path for asked in s3.asked if asked.method == "PUT"] == ["/images/train/mine/000002.tar"]
+    sent = [asked.path for asked in s3.asked if asked.method == "PUT"]
+    assert sent == ["/images/train/mine/000002.tar", "/images/train/mine/index.json"]
+    assert list(read_index(f"{url}/index.json")) == indices[0]
+    assert open_source(url).fingerprint() == open_source(tmp_path).fingerprint()
     assert s3.get("train/mine/000002.tar") == local["000002.tar"]
 
 
@@ -228,6 +239,7 @@ def test_an_image_without_a_size_is_left_out_before_anything_is_written(
     make(folder, tmp_path / "to", 1)
     assert sorted(path.name for path in (tmp_path / "to").iterdir()) == [
         "000000.tar",
+        "index.json",
         "make_shards.bad_images.txt",
         "make_shards.json",
         "make_shards.names.txt",

@@ -20,7 +20,7 @@ from loading import LOADERS
 from safetensors.torch import load_file
 from small_runs import SMALL, metrics, write_classes
 
-from reco_fast import evaluate, train
+from reco_fast import distributed, evaluate, train
 from reco_fast.errors import ConfigError
 from reco_fast.method.state import fastest_precision
 from reco_fast.pipelines.augmentations import reco_recipe
@@ -29,6 +29,7 @@ from reco_fast.run import progress
 from reco_fast.run.report import wandb_beside
 from reco_fast.settings import command_line
 from reco_fast.settings.config import Config
+from reco_fast.training import loop
 
 FLAGS = [*SMALL, "--run.log-every", "2"]
 
@@ -167,7 +168,7 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch_bit_for_bit(
 def test_the_grid_of_views_shows_a_smaller_one_enlarged() -> None:
     shown = reco_recipe(32, 16)
     first, second, weak = (torch.randn(3, 3, size, size) for size in shown.sizes)
-    grid = train.view_grid(Batch((first, second, weak), torch.arange(3)), shown)
+    grid = loop.view_grid(Batch((first, second, weak), torch.arange(3)), shown)
     assert grid.shape == (3, 3 * 34 + 2, 3 * 34 + 2)  # two pixels between them and around
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (shown.mean, shown.std))
     assert torch.equal(grid[:, 2:34, 36:68], (second[0] * std + mean).clamp(0, 1))
@@ -390,6 +391,6 @@ def test_weights_and_biases_without_the_package_is_one_line(
 def test_ranks_that_see_different_run_folders_are_refused(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train.distributed, "all_gather", lambda own: torch.cat([own, own + 5]))
+    monkeypatch.setattr(distributed, "all_gather", lambda own: torch.cat([own, own + 5]))
     with pytest.raises(ConfigError, match="a folder that all machines share, ranks found runs at step 0 and 5"):
         run(images, tmp_path / "run")

@@ -29,8 +29,8 @@ from reco_fast.method.step import draw, scheduled, train_step
 from reco_fast.pipelines.augmentations import reco_recipe
 from reco_fast.pipelines.sources.folders import FolderSource
 from reco_fast.pipelines.sources.open import open_source
-from reco_fast.run import stage
 from reco_fast.settings.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig
+from reco_fast.training import loop, stage
 
 CPU = torch.device("cpu")
 BOTH = "--data.grow-from 16 --loss.start 0.5 --loss.ramp 0.3 --train.epochs 3".split()
@@ -217,7 +217,7 @@ def test_what_a_step_does_and_says_follows_the_phase(
 ) -> None:
     passes: list[int] = []
     given: list[tuple[int, int, list[int], Tensor]] = []
-    forward, step = Passes.forward, train.train_step
+    forward, step = Passes.forward, loop.train_step
 
     def counted(self: Passes, *views: Tensor) -> tuple[Tensor, ...]:
         passes.append(len(views))
@@ -233,7 +233,7 @@ def test_what_a_step_does_and_says_follows_the_phase(
         return metrics
 
     monkeypatch.setattr(Passes, "forward", counted)
-    monkeypatch.setattr(train, "train_step", watched)
+    monkeypatch.setattr(loop, "train_step", watched)
     opened: list[tuple[Any, Any]] = []
     really = stage.open_training_loader
 

@@ -27,6 +27,7 @@ from reco_fast.method.step import (
 )
 from reco_fast.run import progress
 from reco_fast.settings.config import Config, DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from reco_fast.training import loop
 
 CPU = torch.device("cpu")
 CONFIG = Config(
@@ -292,8 +293,8 @@ class Waits:
         self.steps = 0
         self.watching = False
         self.recorder = Recorder(lambda name, *_: self.found.append(name) if self.watching and name in WAITS else None)
-        step, averages = train.train_step, progress.averages
-        monkeypatch.setattr(train, "train_step", lambda *given: self.watch(True, step, *given))
+        step, averages = loop.train_step, progress.averages
+        monkeypatch.setattr(loop, "train_step", lambda *given: self.watch(True, step, *given))
         monkeypatch.setattr(progress, "averages", lambda *given: self.watch(False, averages, *given))
 
     def watch(self, on: bool, function: Callable[..., Any], *given: Any) -> Any:

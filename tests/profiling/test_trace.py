@@ -28,6 +28,7 @@ from reco_fast.method.step import train_step
 from reco_fast.profiling.flops import matmul_rate, step_flops
 from reco_fast.profiling.trace import REGIONS, trace
 from reco_fast.settings.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig
+from reco_fast.training import loop
 
 T = TypeVar("T")
 THROUGHPUT = ("images_per_second", "data_wait_fraction", "step_ms_p50", "step_ms_p95", "model_flops_utilisation")
@@ -347,7 +348,7 @@ def test_scalars_are_in_tensorboard_while_the_run_trains(
             seen.append(state.step)
         return train_step(state, *rest)
 
-    monkeypatch.setattr(train, "train_step", look_and_step)
+    monkeypatch.setattr(loop, "train_step", look_and_step)
     with tensorboard(tmp_path) as address:
         wait_for(lambda: fetch(address, "data/runs") == [], "TensorBoard")
         if browser:

@@ -10,6 +10,7 @@ import re
 import shlex
 import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +18,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from servers import S3Server
 
 from reco_fast import train
 from reco_fast.__main__ import COMMANDS
+from reco_fast.make_shards import ShardsCommand, make_shards
 from reco_fast.settings import presets
 from reco_fast.settings.config import Config, updated
 
@@ -41,7 +44,7 @@ TINY = {
     "--data.loader": "torch",
     "--data.workers": "1",
 }
-PLACES = {"/data/train": "train"}
+PLACES = {"/data/train": "train", "/shared/mine": "runs/mine", "/local/cache": "cache-of-shards"}
 
 # What is not run from here, and where it is; the last part of a line is enough.
 ELSEWHERE = {
@@ -109,8 +112,8 @@ def runnable() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with everything that the commands name: images, shards, data sets, and two runs."""
+def place(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server) -> Iterator[Path]:
+    """A folder with everything that the commands name: images, shards, data sets, runs; and shards in a store."""
     root = tmp_path_factory.mktemp("docs")
     rng = np.random.default_rng(0)
 
@@ -144,7 +147,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("mine", "quickstart", "photos"):
         line = ["cifar10", "--data.path", str(root / "train"), "--data.val-path", str(root / "val"), *options]
         train.train(*train.parse([*line, "--run.dir", str(root / "runs" / name)]))
-    return root
+    s3_server.heal()
+    s3_server.empty()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3_server.environment.items():
+            patch.setenv(name, value)
+        make_shards(ShardsCommand(str(root / "photos"), "s3://images/train"))
+        yield root
 
 
 @pytest.mark.parametrize("command", runnable())

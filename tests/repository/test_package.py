@@ -11,9 +11,9 @@ ROOT = Path(__file__).resolve().parents[2]
 IMPORT_EACH = (  # room; without those that take seconds, which one test below imports
     "import reco_fast.run.files, reco_fast.settings.config, reco_fast.method.losses, reco_fast.kernels.reference, "
     "reco_fast.pipelines.sources.open, reco_fast.pipelines.bad_images.journal, reco_fast.profiling.trace, "
-    "reco_fast.profiling.benchmarks.machine; import cProfile, profile; print(reco_fast.kernels.reference.__name__)"
+    "reco_fast.profiling.machine; import cProfile, profile; print(reco_fast.kernels.reference.__name__)"
 )
-IMPORT_ALL = f"import reco_fast.train, reco_fast.evaluate; {IMPORT_EACH}"
+IMPORT_ALL = f"import reco_fast.train, reco_fast.training.loop, reco_fast.evaluate; {IMPORT_EACH}"
 
 
 @pytest.mark.parametrize("folder", ["kernels", "pipelines", "profiling"])

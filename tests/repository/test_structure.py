@@ -16,6 +16,7 @@ FLOORS = (
     ("profiling",),  # looks on from outside, but for the two modules below
     ("reco_fast.__main__",),
     ("commands", "make_shards"),
+    ("training",),
     ("evaluation",),
     ("run",),
     ("profiling.flops",),
@@ -116,10 +117,10 @@ def test_every_module_that_a_page_runs_is_there(page: str) -> None:
     assert set(named) <= set(known)
 
 
-def test_from_the_command_to_the_kernel_in_five_files() -> None:
+def test_from_the_command_to_the_kernel_in_six_files() -> None:
     """As the README says."""
     known = modules()
-    way = "train", "method.step", "method.losses", "kernels.relation_loss", "kernels.relation_kernels"
+    way = "train", "training.loop", "method.step", "method.losses", "kernels.relation_loss", "kernels.relation_kernels"
     for here, there in pairwise(f"reco_fast.{name}" for name in way):
         assert there in imports(known[here], known)
     text = (ROOT / "README.md").read_text(encoding="utf-8")

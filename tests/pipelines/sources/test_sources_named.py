@@ -102,7 +102,7 @@ def test_cifar10_is_fetched_once_and_read_in_place(
     archives: dict[str, NDArray[np.uint8]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train = open_source("cifar10")
-    monkeypatch.setattr(named, "download_url", None)
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", None)
     test = open_source(Path("cifar10:test"))
     assert (len(train), len(test)) == (5 * COUNT, COUNT)
     np.testing.assert_array_equal(pixels(test), archives["cifar10/test_batch.bin"])

@@ -9,7 +9,7 @@ a thread of its process would disturb, there is `served_apart`, and by hand, wit
 
     python tests/pipelines/stores/servers.py FOLDER --delay 0.05 --rate 100e6
 
-where URL/.counters answers {"requests", "bytes"}.
+where URL/.counters answers {"requests", "bytes", "cpu_seconds"}.
 """
 
 import argparse
@@ -243,7 +243,8 @@ class _Answer(BaseHTTPRequestHandler):
         path = unquote(self.path.partition("?")[0])
         if path == "/.counters":
             self.asked = Asked("GET", path, "", "")
-            return self.send(json.dumps({"requests": self.owner.requests, "bytes": self.owner.bytes}).encode())
+            counted = {"requests": self.owner.requests, "bytes": self.owner.bytes, "cpu_seconds": time.process_time()}
+            return self.send(json.dumps(counted).encode())
         client = self.headers.get("X-Client", "")
         self.asked = Asked(self.command, path, self.headers.get("Range", ""), client)
         self.owner.note(self.asked)
