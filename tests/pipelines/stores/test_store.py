@@ -460,3 +460,22 @@ def test_pauses_grow_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     waits = [wait for wait, _ in zip(store._waits(), range(5), strict=False)]
     for wait, most in zip(waits, (1, 2, 4, 4, 4), strict=True):
         assert most / 2 <= wait <= most
+
+
+def test_what_a_library_says_is_repeated_without_secrets() -> None:
+    said = store._line(ValueError("GET https://me:hush@host/a.tar?sig=hush failed\nhush"))
+    assert said == "GET https://…host/a.tar… failed"
+
+
+def test_links_that_lead_elsewhere_are_no_files(http: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    http.put("a/1.tar", b"1")
+    links = [("a/", "directory"), ("./", "directory"), ("../", "directory"), ("?C=N;O=D", "file"), ("b.tar#x", "file")]
+    call = store._call
+
+    def listed(fs: Any, method: str, url: str, **named: Any) -> Any:
+        if method == "ls" and url == http.root:
+            return [{"name": f"{url}/{link}", "size": None, "type": kind} for link, kind in links]
+        return call(fs, method, url, **named)
+
+    monkeypatch.setattr(store, "_call", listed)
+    assert list(store.listing(http.root)) == ["a/1.tar"]
