@@ -91,11 +91,7 @@ def open_target(text: str) -> Iterator[Target]:
             folder.mkdir(parents=True, exist_ok=True)
             with _alone(folder):
                 yield Target(folder)
-    except Absent:
-        raise DataError(f"{text}: expected a place for shards, what was written there is gone") from None
-    except Lost as error:
-        raise DataError(f"{text}: expected a place for shards, {error.strerror}") from None
-    except OSError as error:
+    except OSError as error:  # a store's, Lost, is one
         where = f" ({error.filename})" if error.filename else ""
         raise DataError(f"{text}: expected a place for shards, {error.strerror or error}{where}") from None
 
