@@ -13,7 +13,7 @@ from reco_fast.pipelines.sources.shards import index_shard
 from reco_fast.pipelines.stores import store
 from reco_fast.pipelines.stores.opening import indexed, open_cache
 from reco_fast.pipelines.stores.shard_index import IndexedShard
-from reco_fast.pipelines.stores.store import Absent, Lost, Stat
+from reco_fast.pipelines.stores.store import Stat
 from reco_fast.pipelines.stores.where import HERE, is_url
 from reco_fast.settings.typed import at_home
 
