@@ -345,6 +345,9 @@ def test_places_that_cannot_be_written_are_one_line(
     assert "expected a bucket that is there" in refused(command.main, images, "s3://imags/x")
     s3.fail("*", 403)
     assert "expected to be let in" in refused(command.main, images, "s3://images/x")
+    s3.heal()
+    s3.fail("*", 400, method="PUT")
+    assert "s3://images/x: expected a place for shards, " in refused(command.main, images, "s3://images/x")
     with HttpServer(tmp_path) as server:
         assert "expected a store that files can be written to" in refused(command.main, images, f"{server.url}/x")
     assert "--shard-mb: expected a number from" in refused(command.main, images, tmp_path / "to", "--shard-mb", "0")
