@@ -119,6 +119,9 @@ def outside(s3: S3Server) -> list[str]:
 def test_shards_of_a_store_to_the_store(made: Made, shards: str, s3: S3Server, machine: Path) -> None:
     assert embedded(made, shards, f"{s3.bucket}/to/f.npz") == 0
     assert outside(s3) == ["to/f.npz", f"to/{LIST}"]
+    sent = [asked.path for asked in s3.asked if asked.method == "PUT"]
+    assert sent[-2:] == ["/images/to/f.npz", f"/images/to/{LIST}"]
+    assert sent.count("/images/to/f.npz") == 1, "never there but whole"
     for name in ("f.npz", LIST):
         assert s3.get(f"to/{name}") == (made.here / name).read_bytes()
     assert s3.get(f"to/{LIST}").startswith(b"0.tar/3.jpg\tnot an image")
