@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from operator import length_hint
 from queue import Empty, Full, Queue
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from reco_fast.pipelines.base import LONGEST_WAIT, POLL, Decoded, ImageReader, S
 from reco_fast.pipelines.order import Order
 
 _READERS = 8  # threads that wait for the file system
+_NOTHING_CAME = 0.005  # seconds without an image, after which those begin that wait for other machines
 _READ_AHEAD = 3  # batches of encoded images
 _LAST_WAIT = 10.0  # seconds for the read-ahead to end
 
@@ -111,26 +113,36 @@ class ReadAhead:
 
 
 def read_side_by_side(reader: ImageReader, asked: list[tuple[int, int]], readers: int) -> list[Sample | None]:
-    """What `reader.read` gives for each, in threads that wait for the file system. Those of a pool would be waited for
-    when the process ends, also where a file never comes."""
+    """What `reader.read` gives for each, in threads that wait for the file system, `readers` at most: images that are
+    at hand are read sooner by few. Those of a pool would be waited for when the process ends, also where a file never
+    comes."""
     if readers == 1:
         return [reader.read(*each) for each in asked]
-    parts = [asked[first::readers] for first in range(min(readers, len(asked)))]
     found: list[Sample | None] = [None] * len(asked)
     errors: list[BaseException] = []
+    places = iter(range(len(asked)))  # each is taken by one of the threads
+    threads: list[threading.Thread] = []
 
-    def read(first: int) -> None:
+    def read() -> None:
         try:
-            found[first::readers] = [reader.read(*each) for each in parts[first]]
+            for place in places:
+                found[place] = reader.read(*asked[place])
         except BaseException as error:
             errors.append(error)
 
-    threads = [
-        threading.Thread(target=read, args=(first,), name="reco_fast reader", daemon=True)
-        for first in range(len(parts))
-    ]
-    for thread in threads:
-        thread.start()
+    def start(count: int) -> None:
+        new = [threading.Thread(target=read, name="reco_fast reader", daemon=True) for _ in range(count)]
+        threads.extend(new)
+        for thread in new:
+            thread.start()
+
+    start(min(_READERS, readers, len(asked)))
+    while left := min(readers - len(threads), length_hint(places)):
+        before = length_hint(places)
+        threads[0].join(_NOTHING_CAME)
+        if length_hint(places) == before:
+            start(left)
+            break
     for thread in threads:
         thread.join()
     if errors:

@@ -9,9 +9,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 LOCK = "RECO_FAST_MACHINE"
 """The environment variable in which a session gives a benchmark its share: the number of an open file. Without it
@@ -58,7 +59,9 @@ class Machine:
             fcntl.flock(self.file, how)
 
 
-def device_name(device: torch.device) -> str:
+def device_name(device: "torch.device") -> str:
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     held = [f", {library} held to {os.environ[name]}" for library, name in HOLDS.items() if os.environ.get(name)]

@@ -7,7 +7,6 @@ Interrupted, the same command goes on where it stopped. An index that lies besid
 """
 
 import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,10 @@ import tyro
 
 from reco_fast.data.images import stores_of
 from reco_fast.errors import ConfigError
-from reco_fast.pipelines.stores import store
 from reco_fast.pipelines.stores.opening import shards_at
 from reco_fast.pipelines.stores.shard_index import IndexedShard, index_lines
 from reco_fast.pipelines.stores.where import is_url
-from reco_fast.run.files import whole_file
+from reco_fast.run.files import check_output, whole_file
 from reco_fast.settings import command_line
 from reco_fast.settings.config import check_cache
 from reco_fast.settings.terminal import say
@@ -42,8 +40,9 @@ class IndexCommand(WithPaths):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_cache("cache-gb", self.cache_gb)
-        if not self.output.endswith(".json"):
-            raise ConfigError(f"--output: expected a file name that ends in .json, got {self.output}")
+        if is_url(self.output) and not is_url(self.path):
+            raise ConfigError(f"--output: expected a file for local shards, got {self.output}")
+        check_output(self.output, (".json",))
 
 
 def main() -> NoReturn:
@@ -52,17 +51,11 @@ def main() -> NoReturn:
 
 def index(command: IndexCommand) -> int:
     """Write the index. Raises ConfigError or DataError."""
-    output, total = command.output, Total()
-    with tempfile.TemporaryDirectory() as scratch:
-        if is_url(output):
-            store.check_url(output)
-        local = Path(scratch) / "index.json" if is_url(output) else at_home(output)
-        folder = os.path.dirname(output) if is_url(output) else os.path.dirname(os.path.abspath(local))
-        with whole_file(local) as temporary, open(temporary, "w", encoding="utf-8", errors="surrogateescape") as file:
-            file.writelines(index_lines(total.of(shards_at(command.path, stores_of(command))), folder))
-        if is_url(output):
-            store.upload(os.fspath(local), output)
-    say(f"{output}: {total.images:,} images in {total.shards:,} shards, {total.bytes / 1e9:.1f} GB")
+    total = Total()
+    output = command.output if is_url(command.output) else os.fspath(at_home(command.output).absolute())
+    with whole_file(output) as temporary, open(temporary, "w", encoding="utf-8", errors="surrogateescape") as file:
+        file.writelines(index_lines(total.of(shards_at(command.path, stores_of(command))), os.path.dirname(output)))
+    say(f"{command.output}: {total.images:,} images in {total.shards:,} shards, {total.bytes / 1e9:.1f} GB")
     return 0
 
 

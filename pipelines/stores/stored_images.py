@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from reco_fast.errors import DataError
 from reco_fast.pipelines.order import Order
 from reco_fast.pipelines.sources.image_source import ImageSource, Supply
 from reco_fast.pipelines.sources.labels import by_folder
@@ -86,8 +85,6 @@ class StoredTarSource(TarSource):
                 pass
             if state == LOST:
                 raise Lost(f"its shard cannot be had: {self.board.why(number)}")
-            if failure := self.board.failure:
-                raise DataError(failure)
             if state != COMING:
                 return self._alone(number, offset, size)
             time.sleep(_POLL)

@@ -22,11 +22,10 @@ NOTHING, COMING, LOST = b"\0", b"\1", b"\2"
 
 
 class Board:
-    """What is becoming of each shard, and why the store is of no use any more, in memory that forked processes see."""
+    """What is becoming of each shard, and why it is lost, in memory that forked processes see."""
 
     def __init__(self, shards: int) -> None:
-        self._memory = mmap.mmap(-1, _SLOT * (shards + 4))
-        self._end = _SLOT * shards
+        self._memory = mmap.mmap(-1, _SLOT * shards)
 
     def state(self, shard: int) -> bytes:
         return self._memory[_SLOT * shard : _SLOT * shard + 1]
@@ -37,16 +36,6 @@ class Board:
     def set(self, shard: int, state: bytes, why: str = "") -> None:
         self._memory[_SLOT * shard + 1 : _SLOT * (shard + 1)] = why.encode()[: _SLOT - 1].ljust(_SLOT - 1, b"\0")
         self._memory[_SLOT * shard : _SLOT * shard + 1] = state
-
-    @property
-    def failure(self) -> str:
-        """Why nothing will come any more; "" while shards do."""
-        return self._memory[self._end :].rstrip(b"\0").decode(errors="ignore")
-
-    @failure.setter
-    def failure(self, why: str) -> None:
-        room = len(self._memory) - self._end
-        self._memory[self._end :] = why.encode()[:room].ljust(room, b"\0")
 
 
 class Shards(Protocol):
@@ -166,12 +155,8 @@ class ShardSupply(Supply):
             except Lost as error:
                 state, why = LOST, str(error.strerror)
                 self._shards.lost[shard] = why
-            except NoRoom:
-                pass
-            except DataError as error:
-                self._shards.board.failure = str(error)
-            except OSError as error:
-                self._shards.board.failure = f"{self._shards.cache.folder}: {error.strerror or error}"
+            except (NoRoom, DataError, OSError):
+                pass  # whoever reads its images alone is told whatever has to be
             with self._changed:
                 self._shards.board.set(shard, state, why)
                 self._under_way -= 1

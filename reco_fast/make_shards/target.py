@@ -13,7 +13,7 @@ from reco_fast.pipelines.sources.shards import index_shard
 from reco_fast.pipelines.stores import store
 from reco_fast.pipelines.stores.opening import indexed, open_cache
 from reco_fast.pipelines.stores.shard_index import IndexedShard
-from reco_fast.pipelines.stores.store import Absent, Lost, Stat
+from reco_fast.pipelines.stores.store import Stat
 from reco_fast.pipelines.stores.where import HERE, is_url
 from reco_fast.settings.typed import at_home
 
@@ -91,11 +91,7 @@ def open_target(text: str) -> Iterator[Target]:
             folder.mkdir(parents=True, exist_ok=True)
             with _alone(folder):
                 yield Target(folder)
-    except Absent:
-        raise DataError(f"{text}: expected a place for shards, what was written there is gone") from None
-    except Lost as error:
-        raise DataError(f"{text}: expected a place for shards, {error.strerror}") from None
-    except OSError as error:
+    except OSError as error:  # a store's, Lost, is one
         where = f" ({error.filename})" if error.filename else ""
         raise DataError(f"{text}: expected a place for shards, {error.strerror or error}{where}") from None
 

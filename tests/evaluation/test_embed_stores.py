@@ -112,13 +112,16 @@ def interrupted(made: Made, images: object, output: object, batches: int) -> Non
 
 def outside(s3: S3Server) -> list[str]:
     """What lies beside the shards."""
-    there = s3.keys()
-    return [key for key in there if not key.startswith("train/")]
+    keys = s3.keys()
+    return [key for key in keys if not key.startswith("train/")]
 
 
 def test_shards_of_a_store_to_the_store(made: Made, shards: str, s3: S3Server, machine: Path) -> None:
     assert embedded(made, shards, f"{s3.bucket}/to/f.npz") == 0
     assert outside(s3) == ["to/f.npz", f"to/{LIST}"]
+    sent = [asked.path for asked in s3.asked if asked.method == "PUT"]
+    assert sent[-2:] == ["/images/to/f.npz", f"/images/to/{LIST}"]
+    assert sent.count("/images/to/f.npz") == 1, "never there but whole"
     for name in ("f.npz", LIST):
         assert s3.get(f"to/{name}") == (made.here / name).read_bytes()
     assert s3.get(f"to/{LIST}").startswith(b"0.tar/3.jpg\tnot an image")
@@ -269,6 +272,16 @@ def test_without_rights_nothing_is_computed_and_nothing_left(
     assert "expected to be let in" in shown
     assert "the-secret-of-the-tests" not in shown
     assert (s3.keys(), computed, list(tmp_path.iterdir())) == ([], [], [])
+
+
+def test_a_part_that_is_not_taken_ends_the_work_at_once(
+    made: Made, s3: S3Server, refused: Callable[..., str], computed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embed, "PART_SECONDS", 0.0)
+    s3.fail("*/part-*", 403, method="PUT")
+    assert "part-000000000-000000001.npz" in refused(embed.main, *words(made, made.images, f"{s3.bucket}/f.npz"))
+    assert len([asked for asked in s3.asked if asked.method == "PUT" and "/part-" in asked.path]) == 1
+    assert (s3.keys(), computed) == ([], [8])
 
 
 def test_a_store_that_takes_no_file_is_named(made: Made, s3: S3Server, refused: Callable[..., str]) -> None:

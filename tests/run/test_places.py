@@ -11,6 +11,7 @@ from small_runs import SMALL, metrics, write_classes
 from reco_fast import train
 from reco_fast.errors import ConfigError
 from reco_fast.evaluate import EvaluateCommand, evaluate
+from reco_fast.evaluation import pictures
 from reco_fast.run import run_folder
 from reco_fast.run.places import is_there, located, same_place
 from reco_fast.settings.config import Config, DataConfig, EvalConfig
@@ -25,6 +26,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_classes(folder / "train", 16)
     write_classes(folder / "val", 4, seed=1)
     monkeypatch.chdir(folder)
+    monkeypatch.setattr(pictures, "available", lambda: False)  # they take long
     return folder
 
 

@@ -80,10 +80,16 @@ def gets(server: HttpServer | S3Server) -> list[str]:
     return sorted(asked.path for asked in server.asked if asked.method == "GET" and asked.path.endswith(".tar"))
 
 
-@pytest.mark.parametrize("place", ["here", "store"])
 @pytest.mark.parametrize(
-    "what",
-    ["http/{0..3}.tar", "http/[0-3].tar", "http/2.tar", "s3/{0..3}.tar", "s3/deep", "here/{0..3}.tar", "here/deep"],
+    ("what", "place"),
+    [
+        *((f"{where}/{{0..3}}.tar", place) for where in ("http", "s3") for place in ("here", "store")),
+        ("http/[0-3].tar", "here"),
+        ("http/2.tar", "store"),
+        *(("s3/deep", place) for place in ("here", "store")),
+        ("here/{0..3}.tar", "here"),
+        ("here/deep", "here"),
+    ],
 )
 def test_opening_by_it_is_opening_the_shards(
     what: str, place: str, bucket: S3Server, web: HttpServer, index: Callable[..., int], tmp_path: Path
@@ -99,6 +105,18 @@ def test_opening_by_it_is_opening_the_shards(
     assert content(mine) == content(open_source(url, stores=Stores(tmp_path / "cache")))
     local = web.folder / rest
     assert content(mine) == content(open_source(str(local))), "and the same files on disk"
+
+
+def test_an_index_in_a_store_names_no_paths(
+    bucket: S3Server, web: HttpServer, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    """They would be of the machine that wrote it, or of whoever reads an index that somebody sent."""
+    said = refused(index_shards.main, f"{web.folder}/0.tar", "--output", f"{bucket.bucket}/indexes/all.json")
+    assert "--output: expected a file for local shards, got s3://" in said
+    index_shards.index(index_shards.IndexCommand(f"{web.folder}/0.tar", str(tmp_path / "all.json")))
+    url = bucket.put("indexes/sent.json", (tmp_path / "all.json").read_bytes())
+    with pytest.raises(DataError, match="a url amiss"):
+        open_source(url, stores=Stores(tmp_path / "cache"))
 
 
 def test_an_index_beside_shards_is_found(bucket: S3Server, index: Callable[..., int], tmp_path: Path) -> None:

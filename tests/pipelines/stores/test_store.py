@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import sys
 import time
+import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -74,6 +75,17 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "FIRST_PATIENCE", 5.0)
     monkeypatch.setattr(store, "FIRST_WAIT", 0.01)
     monkeypatch.setattr("s3fs.S3FileSystem.retries", 1)  # its own, which nobody could tell from ours
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time that goes by in pauses alone: how many there are does not depend on the machine."""
+    seconds = [0.0]
+    stopped = types.SimpleNamespace(
+        monotonic=lambda: seconds[0], sleep=lambda pause: seconds.__setitem__(0, seconds[0] + pause)
+    )
+    monkeypatch.setattr(store, "time", stopped)
+    monkeypatch.setattr(store, "FIRST_WAIT", 0.5)
 
 
 def one_line(error: pytest.ExceptionInfo[Any]) -> str:
@@ -275,18 +287,17 @@ def test_sending_is_tried_again(bucket: Place) -> None:
     assert bucket.server.get("b") == b"12"
 
 
-def test_a_store_that_only_fails_loses_the_file_after_some_time(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("clock")
+def test_a_store_that_only_fails_loses_the_file_after_some_time(place: Place) -> None:
     url = place.put("a.tar", b"123456")
     place.server.fail("*", 500)
-    monkeypatch.setattr(store, "PATIENCE", 0.1)
-    started = time.monotonic()
     for ask in (lambda: store.read(url, 0, 5), lambda: store.stat(url)):
         place.server.forget()
-        with pytest.raises(Lost, match=r"the store fails for 0\.1 seconds: ") as error:
+        with pytest.raises(Lost, match="the store fails for 5 seconds: ") as error:
             ask()
         one_line(error)
         assert not isinstance(error.value, Absent)
-        assert place.server.requests > 2
+        assert 2 < place.server.requests < 20
     # What was not answered is not taken for nothing.
     empty = [lambda: store.listing(place.root), lambda: store.match(f"{place.root}/*")]
     if place.root.startswith("s3:"):
@@ -294,7 +305,6 @@ def test_a_store_that_only_fails_loses_the_file_after_some_time(place: Place, mo
     for each in empty:
         with pytest.raises(Lost):
             each()
-    assert time.monotonic() - started < 4
 
 
 @pytest.mark.parametrize("kind", [500, "close", "cut"])
@@ -329,13 +339,13 @@ def test_a_server_that_comes_back_is_waited_for(place: Place) -> None:
     assert listing == {"a.tar": stat}
 
 
-def test_a_server_that_stays_away_ends_in_one_line(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("clock")
+def test_a_server_that_stays_away_ends_in_one_line(place: Place) -> None:
     url = place.put("a.tar", b"123456")
-    monkeypatch.setattr(store, "PATIENCE", 0.1)
     place.server.stop()
     try:
         for ask in (lambda: store.read(url, 1, 5), lambda: store.stat(url), lambda: store.listing(place.root)):
-            with pytest.raises(DataError, match=r"expected a store that answers, none did in 0\.1 seconds") as error:
+            with pytest.raises(DataError, match="expected a store that answers, none did in 5 seconds") as error:
                 ask()
             assert "the same command goes on" in one_line(error)
     finally:
@@ -450,3 +460,22 @@ def test_pauses_grow_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     waits = [wait for wait, _ in zip(store._waits(), range(5), strict=False)]
     for wait, most in zip(waits, (1, 2, 4, 4, 4), strict=True):
         assert most / 2 <= wait <= most
+
+
+def test_what_a_library_says_is_repeated_without_secrets() -> None:
+    said = store._line(ValueError("GET https://me:hush@host/a.tar?sig=hush failed\nhush"))
+    assert said == "GET https://…host/a.tar… failed"
+
+
+def test_links_that_lead_elsewhere_are_no_files(http: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    http.put("a/1.tar", b"1")
+    links = [("a/", "directory"), ("./", "directory"), ("../", "directory"), ("?C=N;O=D", "file"), ("b.tar#x", "file")]
+    call = store._call
+
+    def listed(fs: Any, method: str, url: str, **named: Any) -> Any:
+        if method == "ls" and url == http.root:
+            return [{"name": f"{url}/{link}", "size": None, "type": kind} for link, kind in links]
+        return call(fs, method, url, **named)
+
+    monkeypatch.setattr(store, "_call", listed)
+    assert list(store.listing(http.root)) == ["a/1.tar"]

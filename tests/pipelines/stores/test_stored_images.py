@@ -16,7 +16,7 @@ from small_runs import write_tar
 from reco_fast.errors import DataError
 from reco_fast.pipelines.loader import open_loader
 from reco_fast.pipelines.order import BlockOrder, EvaluationOrder, TrainingOrder
-from reco_fast.pipelines.sources.image_source import ImageSource
+from reco_fast.pipelines.sources.image_source import ImageSource, Supply
 from reco_fast.pipelines.sources.open import open_source
 from reco_fast.pipelines.stores import shard_cache, store, stored_images
 from reco_fast.pipelines.stores.where import Stores
@@ -181,6 +181,8 @@ def test_few_images_of_many_are_read_alone(opened: Callable[..., ImageSource], w
     order = EvaluationOrder(len(there), 6, count=6)
     assert len(streamed("torch", there, order, 1)[1]) == 6
     assert gets(web) == 6
+    for each in (order, TrainingOrder(len(there), 6)):
+        assert type(there.supply(each, 0)) is Supply, "which fetches nothing"
 
 
 def test_uniform_order_with_room_for_all_reads_alone_until_they_are_there(

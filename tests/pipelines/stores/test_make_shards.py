@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import tarfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -344,6 +345,9 @@ def test_places_that_cannot_be_written_are_one_line(
     assert "expected a bucket that is there" in refused(command.main, images, "s3://imags/x")
     s3.fail("*", 403)
     assert "expected to be let in" in refused(command.main, images, "s3://images/x")
+    s3.heal()
+    s3.fail("*", 400, method="PUT")
+    assert "s3://images/x: expected a place for shards, " in refused(command.main, images, "s3://images/x")
     with HttpServer(tmp_path) as server:
         assert "expected a store that files can be written to" in refused(command.main, images, f"{server.url}/x")
     assert "--shard-mb: expected a number from" in refused(command.main, images, tmp_path / "to", "--shard-mb", "0")
@@ -400,6 +404,21 @@ def test_a_failure_gives_up_what_is_under_way(images: Path, tmp_path: Path, monk
     with pytest.raises(DataError, match="No space left on device"):
         make(images, tmp_path / "to")
     assert len(slow) < 6  # of at least 8 in the second shard
+
+
+def test_images_of_a_shard_are_read_at_the_same_time(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = threading.Barrier(8, timeout=20)  # breaks where they come one by one
+    read = FolderSource.read
+
+    def waits(self: FolderSource, place: int) -> bytes:
+        if place < 56:
+            together.wait()
+        return read(self, place)
+
+    monkeypatch.setattr(FolderSource, "read", waits)
+    make(images, tmp_path, 1)
 
 
 def test_ctrl_c_ends_it_soon(images: Path, tmp_path: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
