@@ -284,4 +284,6 @@ def _write(path: Path, text: str) -> None:
     file, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     with open(file, "w", encoding="utf-8", errors="surrogateescape") as opened:
         opened.write(text)
+        opened.flush()
+        os.fsync(file)  # or it might be there, and empty, when the machine comes back
     os.rename(temporary, path)
