@@ -1,6 +1,8 @@
 """Long checks of what a run survives; too slow for every test run. The figures are in docs/reliability.md.
 
 python tests/reliability.py kill --loader dali     # kill -9 at 20 random moments, bit-for-bit the same end
+python tests/reliability.py store --kills 10       # likewise with shards behind a URL and a small cache
+python tests/reliability.py million                # opening a million images in 1,000 shards: time and memory
 python tests/reliability.py worker --kills 20      # kill the torch loader's processes at random moments
 python tests/reliability.py rank                   # kill one of two ranks under torchrun --max-restarts 3
 python tests/reliability.py fuzz --loader torch    # 500 damaged JPEGs among good ones
@@ -14,15 +16,16 @@ import argparse
 import contextlib
 import ctypes
 import io
-import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from glob import glob
 from pathlib import Path
 
 import numpy as np
@@ -30,14 +33,11 @@ import torch
 from odd_images import bad_images, deceiving_images, encode, odd_images, picture
 from PIL import Image
 from safetensors.torch import load_file
+from small_runs import without_times, write_holes, write_tar
 
-TIMES = {
-    "images_per_second",
-    "data_wait_fraction",
-    "seconds",
-    "step_ms_p50",
-    "step_ms_p95",
-}  # no two runs agree on these
+sys.path.append(str(Path(__file__).with_name("pipelines") / "stores"))
+from servers import HttpServer
+
 MODEL = "--model.arch timm/test_resnet --model.stem standard --model.bank-size 128 --model.key-norm batch"
 RUN = "--train.batch-size 32 --train.device cpu --run.log-every 5"
 
@@ -53,7 +53,7 @@ def write_images(folder: Path, count: int, seed: int = 0) -> Path:
     return folder
 
 
-def command(images: Path, folder: Path, *more: str) -> list[str]:
+def command(images: Path | str, folder: Path, *more: str) -> list[str]:
     data = ["--data.path", str(images), "--run.dir", str(folder)]
     return [sys.executable, "-m", "reco_fast.train", "cifar10", *data, *MODEL.split(), *RUN.split(), *more]
 
@@ -76,45 +76,131 @@ def give_up_rights() -> None:
         ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP, effective with the next exec
 
 
-def metrics(folder: Path) -> list[dict[str, object]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
-
-
 def kill(work: Path, arguments: argparse.Namespace) -> None:
     images = write_images(work / "images", 400)
     epochs = str(2 * arguments.kills)  # 25 steps for each kill
     options = ["--train.epochs", epochs, "--run.checkpoint-steps", "7", "--run.log-every", "1"]
     options += ["--data.loader", arguments.loader, "--data.val-path", str(images), "--eval.every", "7"]
     assert start(command(images, work / "calm", *options), work / "calm.log").wait() == 0
+    go_on_after_kills(command(images, work / "killed", *options), work, arguments)
+    say_same(work / "calm", work / "killed", arguments)
+
+
+def go_on_after_kills(
+    line: list[str], work: Path, arguments: argparse.Namespace, wait: Callable[[int], None] = lambda kills: None
+) -> None:
+    """The command of a run in `killed`, killed as often as asked and then left alone. `wait` is called before each
+    kill with how many there were."""
     rng = random.Random(arguments.seed)
     log = work / "killed.log"
     kills = 0
     while True:
         before = steps_in(log)
-        process = start(command(images, work / "killed", *options), log)
+        process = start(line, log)
         if kills == arguments.kills:
             assert process.wait() == 0, log.read_text()[-2000:]
-            break
+            return
         # One in five before the first step (imports, opening, the first checkpoint's reading), the others behind it.
         steps = 0 if rng.random() < 0.2 else rng.randint(1, 24)
         while process.poll() is None and steps and steps_in(log) < before + steps:
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.2) if steps else rng.uniform(0, 10))
+        wait(kills)
         assert process.poll() is None, log.read_text()[-2000:]
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         kills += 1
         newest = max((work / "killed" / "checkpoints").glob("*"), default=None)
         print(f"kill {kills}: after {steps_in(log) - before} steps; newest: {newest and newest.name}", flush=True)
-    last = sorted((work / "calm" / "checkpoints").glob("*.safetensors"))[-1].name
-    calm, killed = (load_file(work / name / "checkpoints" / last) for name in ("calm", "killed"))
-    assert set(calm) == set(killed)
-    different = [name for name in calm if not torch.equal(calm[name], killed[name])]
+
+
+def say_same(calm: Path, killed: Path, arguments: argparse.Namespace) -> None:
+    """That two runs ended with the same weights and the same metrics."""
+    last = sorted((calm / "checkpoints").glob("*.safetensors"))[-1].name
+    mine, theirs = (load_file(folder / "checkpoints" / last) for folder in (calm, killed))
+    assert set(mine) == set(theirs)
+    different = [name for name in mine if not torch.equal(mine[name], theirs[name])]
     assert not different, different
-    assert metrics(work / "calm") == metrics(work / "killed")
-    lines = len(metrics(work / "calm"))
-    print(f"{arguments.loader}: {kills} kills; {len(calm)} tensors and {lines} lines of metrics are bit for bit equal")
+    assert without_times(calm) == without_times(killed)
+    lines = len(without_times(calm))
+    print(
+        f"{arguments.loader}: {killed.name} after {arguments.kills} kills and {calm.name}: {len(mine)} tensors and "
+        f"{lines} lines of metrics are bit for bit equal",
+        flush=True,
+    )
+
+
+def store(work: Path, arguments: argparse.Namespace) -> None:
+    """Against a run from the store that is left alone, and one on the shards on disk. Every other kill comes while
+    shards are being fetched; the cache holds a quarter of them."""
+    images = sorted(write_images(work / "images", 400).rglob("*.jpg"))
+    for number in range(25):
+        members = {}
+        for path in images[number::25]:
+            members |= {path.name: path.read_bytes(), f"{path.stem}.cls": path.parent.name.encode()}
+        write_tar(work / "shards" / f"{number:02d}.tar", members)
+    largest = max(path.stat().st_size for path in (work / "shards").iterdir())
+    options = ["--train.epochs", str(2 * arguments.kills), "--run.checkpoint-steps", "7", "--run.log-every", "1"]
+    options += ["--data.loader", arguments.loader, "--eval.every", "7", "--data.order", "blocks", "--data.lanes", "4"]
+    options += ["--data.window", "2", "--data.cache-gb", f"{6 * largest / 1e9}"]
+    parts = f"{work / 'cache' / 'shards'}/*.part"
+
+    def shards_of(place: object, folder: str) -> list[str]:
+        path = f"{place}/{{00..24}}.tar"
+        return command(path, work / folder, *options, "--data.val-path", path, "--data.cache", str(work / "cache"))
+
+    def wait(kills: int) -> None:
+        until = time.monotonic() + 20
+        while kills % 2 and not glob(parts) and time.monotonic() < until:
+            time.sleep(0.001)
+        found.append(len(glob(parts)))
+
+    found: list[int] = []
+    with HttpServer(work / "shards") as server:
+        server.delay, server.rate_each = 0.01, largest / 0.1
+        for folder, place in (("disk", work / "shards"), ("calm", server.url)):
+            assert start(shards_of(place, folder), work / f"{folder}.log").wait() == 0
+        shutil.rmtree(work / "cache")
+        go_on_after_kills(shards_of(server.url, "killed"), work, arguments, wait)
+    for folder in ("disk", "calm"):
+        say_same(work / folder, work / "killed", arguments)
+    room = sum(path.stat().st_size for path in (work / "cache" / "shards").iterdir()) / largest
+    print(f"{sum(map(bool, found))} kills while shards were being fetched; the cache ends with {room:.1f} of 6 shards")
+    assert sum(map(bool, found)) >= arguments.kills // 2
+    assert room <= 6
+
+
+MILLION = """
+import re, sys, time
+from reco_fast.pipelines.sources.open import open_source
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+began, before = time.monotonic(), peak()
+source = open_source(sys.argv[1])
+source.fingerprint()
+print(len(source), time.monotonic() - began, peak() - before)
+"""
+
+
+def million(work: Path, arguments: argparse.Namespace) -> None:
+    """Needs 4 GB of disk for the headers."""
+    began = time.monotonic()
+    write_holes(work / "shards", 1000, 1000)
+    written, index = time.monotonic(), work / "shards" / "index.json"
+    assert (
+        start(
+            [sys.executable, "-m", "reco_fast.index_shards", str(index.parent), "--output", str(index)], work / "log"
+        ).wait()
+        == 0
+    ), (work / "log").read_text()
+    indexed = time.monotonic()
+    line = subprocess.run([sys.executable, "-c", MILLION, index], check=True, capture_output=True, text=True).stdout
+    images, seconds, memory = line.split()
+    print(
+        f"{images} images: headers written in {written - began:.0f} s, indexed in {indexed - written:.0f} s to "
+        f"{index.stat().st_size / 1e6:.0f} MB, opened in {float(seconds):.1f} s with {float(memory):.0f} MiB"
+    )
+    assert int(images) == 10**6
+    assert float(memory) < 200
 
 
 def worker(work: Path, arguments: argparse.Namespace) -> None:
@@ -173,7 +259,7 @@ def rank(work: Path, arguments: argparse.Namespace) -> None:
     workers = subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()
     os.kill(int(workers[-1]), signal.SIGKILL)
     assert process.wait(timeout=600) == 0, (work / "log").read_text()[-3000:]
-    end = metrics(work / "run")[-1]
+    end = without_times(work / "run")[-1]
     assert end["kind"] == "end"
     assert end["epochs"] == 12
     print(f"killed one of two ranks; the run ended by itself: {end}")
@@ -240,7 +326,7 @@ def odd(work: Path, arguments: argparse.Namespace) -> None:
         assert status == 0, (work / f"{batch}.log").read_text()[-3000:]
         found = {row.split("\t")[0] for row in (work / batch / "bad_images.txt").read_text().splitlines()}
         assert found == expected, found ^ expected
-        assert metrics(work / batch)[-1]["kind"] == "end"
+        assert without_times(work / batch)[-1]["kind"] == "end"
         print(
             f"{arguments.loader}, batch {batch}: of {listed} images exactly the {len(expected) - 1} bad ones and the "
             f"forbidden folder are listed; peak {used.ru_maxrss / 1024:.0f} MiB",
@@ -291,7 +377,7 @@ def full(work: Path, arguments: argparse.Namespace) -> None:
         assert "Traceback" not in shown
         (disk / "balloon").unlink()
         assert start([*line, "--data.loader", arguments.loader], work / "log").wait() == 0, (work / "log").read_text()
-        assert metrics(disk / "run")[-1]["kind"] == "end"
+        assert without_times(disk / "run")[-1]["kind"] == "end"
         print("with room again the same command went on to the end")
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
@@ -323,6 +409,8 @@ def soak(work: Path, arguments: argparse.Namespace) -> None:
 
 CHECKS = {
     "kill": kill,
+    "store": store,
+    "million": million,
     "worker": worker,
     "rank": rank,
     "fuzz": fuzz,

@@ -59,7 +59,7 @@ def open_images(path: str, data: DataConfig, rules: Rules = NOW) -> ImageSource:
         found = b""
         try:
             source = open_source(path, rules, stores)
-            found = packed_index(source)
+            found = packed_index(source) if distributed.world_size() > 1 else b""
         finally:  # where it fails, others meet the same
             distributed.from_first_rank(found)
     else:
