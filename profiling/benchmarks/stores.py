@@ -21,6 +21,7 @@ import multiprocessing
 import os
 import resource
 import statistics
+import sys
 import tempfile
 import time
 import urllib.error
@@ -148,9 +149,10 @@ def compare(arguments: argparse.Namespace, index: bytes) -> list[dict[Entry, Spe
         for entry in entries if number % 2 == 0 else reversed(entries):
             if entry.images == "disk":
                 turns[entry] = timed(entry, local, arguments)
-                continue
-            with with_empty_cache(arguments, index, arguments.cache_bytes) as source:
-                turns[entry] = timed(entry, source, arguments)
+            else:
+                with with_empty_cache(arguments, index, arguments.cache_bytes) as source:
+                    turns[entry] = timed(entry, source, arguments)
+            print(f"round {number + 1}: {' '.join(entry)}: {turns[entry].images_per_second:,.0f}/s", file=sys.stderr)
         rounds.append({entry: turns[entry] for entry in entries})
     return rounds
 
