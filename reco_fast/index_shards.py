@@ -40,9 +40,9 @@ class IndexCommand(WithPaths):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_cache("cache-gb", self.cache_gb)
+        check_output(self.output, (".json",))  # first, for it refuses to repeat a secret
         if is_url(self.output) and not is_url(self.path):
             raise ConfigError(f"--output: expected a file for local shards, got {self.output}")
-        check_output(self.output, (".json",))
 
 
 def main() -> NoReturn:
