@@ -88,7 +88,7 @@ def counters(url: str) -> Counters:
 @contextmanager
 def with_empty_cache(arguments: argparse.Namespace, index: bytes, cache_bytes: int) -> Iterator[ImageSource]:
     """The shards of the store, with a cache that is empty but for what is known of their content."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # a shard may still be on its way
         stores = Stores(Path(folder), cache_bytes)
         unpack_index(index, stores)
         yield open_source(arguments.url, NOW, stores)
