@@ -21,6 +21,7 @@ import multiprocessing
 import os
 import resource
 import statistics
+import sys
 import tempfile
 import time
 import urllib.error
@@ -87,7 +88,7 @@ def counters(url: str) -> Counters:
 @contextmanager
 def with_empty_cache(arguments: argparse.Namespace, index: bytes, cache_bytes: int) -> Iterator[ImageSource]:
     """The shards of the store, with a cache that is empty but for what is known of their content."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # a shard may still be on its way
         stores = Stores(Path(folder), cache_bytes)
         unpack_index(index, stores)
         yield open_source(arguments.url, NOW, stores)
@@ -148,9 +149,10 @@ def compare(arguments: argparse.Namespace, index: bytes) -> list[dict[Entry, Spe
         for entry in entries if number % 2 == 0 else reversed(entries):
             if entry.images == "disk":
                 turns[entry] = timed(entry, local, arguments)
-                continue
-            with with_empty_cache(arguments, index, arguments.cache_bytes) as source:
-                turns[entry] = timed(entry, source, arguments)
+            else:
+                with with_empty_cache(arguments, index, arguments.cache_bytes) as source:
+                    turns[entry] = timed(entry, source, arguments)
+            print(f"round {number + 1}: {' '.join(entry)}: {turns[entry].images_per_second:,.0f}/s", file=sys.stderr)
         rounds.append({entry: turns[entry] for entry in entries})
     return rounds
 

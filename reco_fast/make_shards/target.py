@@ -26,9 +26,9 @@ class Target:
         self._folder = folder
 
     def stats(self) -> dict[str, Stat]:
-        """Of the files right inside, by name."""
-        with os.scandir(self._folder) as entries:
-            return {entry.name: Stat(entry.stat().st_size, "") for entry in entries if entry.is_file()}
+        """Of the files inside at any depth, where training would find them, by path below it."""
+        found = (path for path in self._folder.rglob("*") if path.is_file())
+        return {path.relative_to(self._folder).as_posix(): Stat(path.stat().st_size, "") for path in found}
 
     def contents(self, shards: list[IndexedShard]) -> Iterator[IndexedShard]:
         """With what is inside those of which it is not known."""
@@ -62,7 +62,7 @@ class _StoreTarget(Target):
         self.place = url.rstrip("/")
 
     def stats(self) -> dict[str, Stat]:
-        return {name: stat for name, stat in store.listing(self.place).items() if "/" not in name}
+        return store.listing(self.place)
 
     def contents(self, shards: list[IndexedShard]) -> Iterator[IndexedShard]:
         return indexed(shards, NOW, open_cache(HERE), HERE)

@@ -88,11 +88,15 @@ def test_shards_are_alike_in_size_and_mixed(images: Path, tmp_path: Path) -> Non
         assert len(set(labels.tolist())) == 2
 
 
-def test_a_store_gets_what_a_folder_gets(images: Path, tmp_path: Path, s3: S3Server) -> None:
+def test_a_store_gets_what_a_folder_gets(
+    images: Path, tmp_path: Path, s3: S3Server, capsys: pytest.CaptureFixture[str]
+) -> None:
     url = f"{s3.bucket}/train/mine"
     s3.fail("*", 500, times=1, method="PUT")
-    make(images, url)
-    make(images, tmp_path)
+    make(images, f"{url}/")
+    assert "s3://images/train/mine: 60 images in 7 shards" in capsys.readouterr().out
+    make(images, f"file://{tmp_path}")
+    assert f"\n{tmp_path}: 60 images in 7 shards" in capsys.readouterr().out
     local = files(tmp_path)
     assert s3.keys() == sorted(f"train/mine/{name}" for name in local)
     there = {name: s3.get(f"train/mine/{name}") for name in local}
@@ -354,11 +358,15 @@ def test_places_that_cannot_be_written_are_one_line(
     assert "--shard-mb: expected a number from" in refused(command.main, images, tmp_path / "to", "--shard-mb", "nan")
 
 
-def test_what_is_somebody_elses_is_left_alone(images: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
-    write_tar(tmp_path / "theirs" / "x.tar", {"a.jpg": b"1"})
-    before = files(tmp_path / "theirs")
-    assert "expected a place without .tar files" in refused(command.main, images, tmp_path / "theirs")
-    assert files(tmp_path / "theirs") == before
+def test_what_is_somebody_elses_is_left_alone(
+    images: Path, tmp_path: Path, refused: Callable[..., str], s3: S3Server
+) -> None:
+    write_tar(tmp_path / "theirs" / "deep" / "x.tar", {"a.jpg": b"1"})
+    s3.put("theirs/deep/x.tar", b"1")
+    for place in (tmp_path / "theirs", tmp_path / "theirs" / "deep", f"{s3.bucket}/theirs"):
+        assert "expected a place without .tar files" in refused(command.main, images, place)
+    assert [path.name for path in tmp_path.rglob("*")] == ["theirs", "deep", "x.tar"]
+    assert s3.keys() == ["theirs/deep/x.tar"]
     make(images, tmp_path / "mine")
     before = files(tmp_path / "mine")
     said = "expected shards of these images and this --shard-mb"
