@@ -203,7 +203,7 @@ def _read_epoch(arguments: argparse.Namespace, index: bytes, rank: int, hosts: i
     # An order that ends is given 0.3 of a cache in place of 0.7; without an end shards of the next epoch would come.
     with with_empty_cache(arguments, index, arguments.cache_bytes * 7 // 3) as source:
         order = in_blocks(source, arguments, rank, hosts)
-        order.steps = math.ceil(len(source) / arguments.batch_size)
+        order.steps = len(source) // arguments.batch_size  # batches that are of no other epoch
         supply = source.supply(order, 0)
         for step in range(order.steps):
             for image in order.batch(step)[1].tolist():
