@@ -107,13 +107,12 @@ class ShardCache:
 
     def _download(self, shard: StoredShard, file: int, closing: threading.Event) -> bool:
         """Returns False where it was told to stop."""
-        shard.check()
         for start in range(0, shard.stat.size, PIECE):
             if closing.is_set():
                 return False
             piece = store.read(shard.url, start, min(start + PIECE, shard.stat.size))
             _on_disk(lambda piece=piece, start=start: os.pwrite(file, piece, start))  # type: ignore[misc]
-        shard.check()  # it may have changed between two pieces
+        shard.check()  # not before: a request more for each shard, and it may change between two pieces
         return True
 
     def _make_room(self, part: int, size: int) -> None:
