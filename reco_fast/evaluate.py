@@ -75,7 +75,7 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
     if path is None:
         raise ConfigError("--data.path: expected images to evaluate with, got nothing")
     source = open_images(path, config.data)
-    labelled = open_labelled(source, val_path, config.data, flag) if val_path is not None else None
+    labelled = open_labelled(source, val_path, flag, data=config.data) if val_path is not None else None
     for line in source.notes:
         say(line)
     say(source.passed_over.line())

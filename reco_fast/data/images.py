@@ -27,6 +27,9 @@ from reco_fast.settings.config import Config, DataConfig
 from reco_fast.settings.terminal import say
 
 
+DEFAULT = DataConfig()
+
+
 class LabelledData(NamedTuple):
     """Training images as the neighbours, held-out ones as the queries, and a class number for each."""
 
@@ -71,10 +74,10 @@ def open_images(path: str, data: DataConfig, rules: Rules = NOW) -> ImageSource:
 
 
 def open_labelled(
-    train: ImageSource, val_path: str, data: DataConfig, flag: str = "--data.path", instead: str = ""
+    train: ImageSource, val_path: str, flag: str = "--data.path", instead: str = "", data: DataConfig = DEFAULT
 ) -> LabelledData:
     """Both sources with the classes matched by name; `flag`: that named the first; `instead`: what to do where it has
-    no labels. Raises ConfigError where there are none or they differ."""
+    no labels; `data`: how those of a store are kept. Raises ConfigError where there are none or they differ."""
     val = open_images(val_path, data)
     val.decoding = train.decoding
     for name, source in ((flag, train), ("--data.val-path", val)):
@@ -147,7 +150,7 @@ def open_data(config: Config, rules: Rules = NOW) -> tuple[Config, ImageSource, 
         return config, source, None
     neighbours, flag = open_neighbours(config, source)
     instead = "" if neighbours is not source else "; labelled ones can be given by --eval.train-path"
-    return config, source, open_labelled(neighbours, data.val_path, data, flag, instead)
+    return config, source, open_labelled(neighbours, data.val_path, flag, instead, data)
 
 
 def _with_order(config: Config, source: ImageSource) -> Config:
