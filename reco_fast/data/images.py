@@ -26,7 +26,6 @@ from reco_fast.pipelines.stores.where import Stores
 from reco_fast.settings.config import Config, DataConfig
 from reco_fast.settings.terminal import say
 
-
 DEFAULT = DataConfig()
 
 
