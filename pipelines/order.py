@@ -65,10 +65,12 @@ class TrainingOrder:
         return positions, indices
 
     def _permutation(self, epoch: int) -> Int64Array:
-        if epoch not in self._permutations:
-            self._permutations = {e: p for e, p in self._permutations.items() if e == epoch - 1}
-            self._permutations[epoch] = random_permutation(self.length, self.seed, epoch)
-        return self._permutations[epoch]
+        found = self._permutations.get(epoch)
+        if found is None:
+            found = random_permutation(self.length, self.seed, epoch)
+            # Replaced, not changed: threads that read and that fetch ahead ask at the same time.
+            self._permutations = {e: p for e, p in self._permutations.items() if e == epoch - 1} | {epoch: found}
+        return found
 
 
 class BlockOrder(TrainingOrder):

@@ -52,7 +52,8 @@ def check(command: CheckCommand) -> int:
     if command.output.is_dir():
         raise ConfigError(f"--output: expected a file, got the folder {command.output}")
     source = open_images(command.path, DataConfig())
-    say(source.passed_over.line())
+    for line in (*source.notes, source.passed_over.line()):
+        say(line)
     stamps = [source.stamp(index) for index in range(len(source))]
     exists = command.output.exists()
     reasons = known_reasons(command.output, source, dict(enumerate(stamps))) if exists else {}

@@ -166,9 +166,8 @@ def embed(command: EmbedCommand) -> int:
         raise ConfigError(f"--projector: expected a new or an empty folder, got {command.projector}")
     work = opened(command.run_dir, command.data, command.which, command.batch_size, command.device)
     source = work.source
-    for line in source.notes:
+    for line in (*source.notes, source.passed_over.line()):
         say(line)
-    say(source.passed_over.line())
     if BESIDE in source.unlabelled:
         say(f"no labels: {source.unlabelled}")
     parts = Parts(f"{command.output}.parts", work.fingerprint())

@@ -76,9 +76,8 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
         raise ConfigError("--data.path: expected images to evaluate with, got nothing")
     source = open_images(path, config.data)
     labelled = open_labelled(source, val_path, flag, data=config.data) if val_path is not None else None
-    for line in source.notes:
+    for line in (*source.notes, source.passed_over.line()):
         say(line)
-    say(source.passed_over.line())
     if BESIDE in source.unlabelled:
         say(f"no labels: {source.unlabelled}")
     say(labelled.val.passed_over.line() if labelled is not None else "")

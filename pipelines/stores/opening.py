@@ -6,7 +6,7 @@ import posixpath
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from glob import has_magic
 from pathlib import Path
@@ -37,10 +37,14 @@ def open_store(url: str, rules: Rules, stores: Stores) -> ImageSource:
     store.check_url(url)
     if url.endswith(".json"):
         return open_index(url, rules, stores)
-    if url.endswith(".tar") or has_magic(url) or "{" in url:
-        shards = _by_name(url)
-        return _opened([IndexedShard(each, posixpath.basename(each), None, None) for each in shards], rules, stores)
+    if _names_shards(url):
+        return _opened(_by_name(url), rules, stores)
     return _open_below(url, rules, stores)
+
+
+def _names_shards(url: str) -> bool:
+    """Whether it is a shard or a pattern of shards."""
+    return url.endswith(".tar") or has_magic(url) or "{" in url
 
 
 def open_index(place: str, rules: Rules, stores: Stores) -> ImageSource:
@@ -59,17 +63,17 @@ def _check_first(shard: IndexedShard) -> None:
     if shard.stat is None:  # all are asked for
         return
     try:
-        StoredShard(shard.place, shard.stat).check()
+        _stored(shard).check()
     except Lost as error:
         raise DataError(f"{shard.place}: expected the shard as it was indexed, {error.strerror}") from None
 
 
-def _by_name(pattern: str) -> list[str]:
-    """The URLs of `.tar` files that a pattern with `{}`, `*`, `?` and `[…]` stands for. Raises DataError."""
+def _by_name(pattern: str) -> list[IndexedShard]:
+    """The `.tar` files that a URL with `{}`, `*`, `?` and `[…]` stands for. Raises DataError."""
     names = [name for each in spread_braces(pattern) for name in (store.match(each) if has_magic(each) else [each])]
     if not names:
         raise DataError(f"{pattern}: expected .tar files, no file matches this pattern")
-    return names
+    return [IndexedShard(name, posixpath.basename(name), None, None) for name in names]
 
 
 def shards_at(path: str, stores: Stores) -> Iterator[IndexedShard]:
@@ -80,10 +84,7 @@ def shards_at(path: str, stores: Stores) -> Iterator[IndexedShard]:
         yield from _local_shards(text)
         return
     store.check_url(text)
-    if text.endswith(".tar") or has_magic(text) or "{" in text:
-        shards = [IndexedShard(each, posixpath.basename(each), None, None) for each in _by_name(text)]
-    else:
-        shards = _list_below(text, NOW).shards
+    shards = _by_name(text) if _names_shards(text) else _list_below(text, NOW).shards
     if not shards:
         raise DataError(f"{text}: expected .tar shards below this URL, there are none")
     yield from indexed(shards, NOW, open_cache(stores), stores)
@@ -177,13 +178,9 @@ def _local(shards: Iterator[IndexedShard], rules: Rules) -> TarSource:
     return TarSource(places, contents(), rules)
 
 
-def _opened(shards: Iterator[IndexedShard] | Sequence[IndexedShard], rules: Rules, stores: Stores) -> StoredTarSource:
+def _opened(shards: Iterable[IndexedShard], rules: Rules, stores: Stores) -> StoredTarSource:
     cache = open_cache(stores)
-    if isinstance(shards, Sequence):
-        shards = indexed(shards, rules, cache, stores)
-    else:
-        shards = _completed(shards, rules, cache, stores)
-    return StoredTarSource(shards, cache, stores.processes)
+    return StoredTarSource(_completed(shards, rules, cache, stores), cache, stores.processes)
 
 
 def open_cache(stores: Stores) -> ShardCache:
@@ -191,7 +188,7 @@ def open_cache(stores: Stores) -> ShardCache:
 
 
 def _completed(
-    shards: Iterator[IndexedShard], rules: Rules, cache: ShardCache, stores: Stores
+    shards: Iterable[IndexedShard], rules: Rules, cache: ShardCache, stores: Stores
 ) -> Iterator[IndexedShard]:
     """Those whose content is known as they come, those of which it is not a thousand at a time."""
     waiting: list[IndexedShard] = []
@@ -220,7 +217,7 @@ def indexed(shards: Sequence[IndexedShard], rules: Rules, cache: ShardCache, sto
             raise DataError(f"{shard.place}: expected a .tar file, {stat.strerror if stat else 'there is none'}")
         known.append(shard._replace(stat=stat))
     (cache.folder / "index").mkdir(exist_ok=True)
-    missing = [shard for shard in known if shard.content is None and not _kept(cache, shard).is_file()]
+    missing = [shard for shard in known if shard.content is None and not _kept(cache, _stored(shard)).is_file()]
     done, told = 0, time.monotonic()
     largest = max((shard.stat.size for shard in missing if shard.stat), default=0)
     with ThreadPoolExecutor(max(1, min(_AT_ONCE, cache.limit // max(largest, 1)))) as pool:
@@ -233,19 +230,22 @@ def indexed(shards: Sequence[IndexedShard], rules: Rules, cache: ShardCache, sto
         if shard.content is not None:
             yield shard
             continue
-        with open(_kept(cache, shard), encoding="utf-8", errors="surrogateescape") as file:
+        with open(_kept(cache, _stored(shard)), encoding="utf-8", errors="surrogateescape") as file:
             yield shard._replace(content=content_of(json.load(file)))
 
 
-def _kept(cache: ShardCache, shard: IndexedShard) -> Path:
-    """Where what is inside a shard is kept."""
+def _stored(shard: IndexedShard) -> StoredShard:
     assert shard.stat is not None
-    return cache.folder / "index" / f"{StoredShard(shard.place, shard.stat).key}.json"
+    return StoredShard(shard.place, shard.stat)
+
+
+def _kept(cache: ShardCache, shard: StoredShard) -> Path:
+    """Where what is inside a shard is kept."""
+    return cache.folder / "index" / f"{shard.key}.json"
 
 
 def _index(shard: IndexedShard, rules: Rules, cache: ShardCache) -> None:
-    assert shard.stat is not None
-    stored = StoredShard(shard.place, shard.stat)
+    stored = _stored(shard)
     try:
         hold = cache.fetch(stored)
     except Lost as error:
@@ -257,14 +257,14 @@ def _index(shard: IndexedShard, rules: Rules, cache: ShardCache) -> None:
         content = index_shard(os.fspath(cache.path(stored)), rules, shard.place)
     finally:
         hold.release()
-    _write(_kept(cache, shard), json.dumps(content._asdict()))
+    _write(_kept(cache, stored), json.dumps(content._asdict()))
 
 
 def packed_index(source: ImageSource) -> bytes:
     """What was found inside its shards, for hosts with other caches; nothing where that is known otherwise."""
     if not isinstance(source, StoredTarSource):
         return b""
-    places = [source.cache.folder / "index" / f"{shard.key}.json" for shard in source.stored]
+    places = [_kept(source.cache, shard) for shard in source.stored]
     found = {path.name: path.read_text("utf-8", "surrogateescape") for path in places if path.is_file()}
     return zlib.compress(json.dumps(found).encode()) if found else b""
 

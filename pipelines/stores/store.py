@@ -6,6 +6,7 @@ is refused and never repeated.
 
 import asyncio
 import contextlib
+import errno
 import random
 import re
 import time
@@ -50,7 +51,7 @@ class Lost(OSError):
     """A file that cannot be had, and asking again will not help. `strerror` says why."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__(5, reason)  # EIO
+        super().__init__(errno.EIO, reason)
 
 
 class Absent(Lost):

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reco_fast.pipelines.order import Order
+from reco_fast.pipelines.pixels import Notice
 from reco_fast.pipelines.sources.image_source import ImageSource, Supply
 from reco_fast.pipelines.sources.labels import by_folder
 from reco_fast.pipelines.sources.shards import ShardContent, TarSource
@@ -70,6 +71,10 @@ class StoredTarSource(TarSource):
         numbers = np.searchsorted(self.ends, indices, side="right")
         return list(dict.fromkeys(numbers.tolist()))
 
+    def say_alone(self, shard: int, why: str) -> None:
+        """Why images of a shard are read alone, which is slower: for whoever says what there is to say of images."""
+        self.notices.add(self.ends[shard] - 1, Notice("alone", f"its shard is not in the cache, {why}: read alone"))
+
     def read(self, index: int) -> bytes:
         number = self.shard_of(index)
         offset = int(self._offsets[index])
@@ -111,11 +116,12 @@ class StoredFolderSource(ImageSource):
     at_once = AT_ONCE
 
     def __init__(self, root: str, files: dict[str, Stat]) -> None:
-        super().__init__(list(files))
+        names = list(files)
+        super().__init__(names)
         self._root = root
         self._bytes = np.array([each.size for each in files.values()], np.int64)
         self._numbers = np.array([_number(each) for each in files.values()], np.int64)
-        self.labels, self.classes, self.unlabelled = by_folder(list(files))
+        self.labels, self.classes, self.unlabelled = by_folder(names)
         self.notes = [
             f"{root}: {len(files):,} files, each a request of its own; shards read faster and cost less: "
             f"python -m reco_fast.make_shards {root} URL"

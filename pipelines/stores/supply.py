@@ -47,6 +47,7 @@ class Shards(Protocol):
     lost: dict[int, str]
 
     def shards_of(self, indices: NDArray[np.int64]) -> list[int]: ...
+    def say_alone(self, shard: int, why: str) -> None: ...
 
 
 class ShardSupply(Supply):
@@ -66,6 +67,7 @@ class ShardSupply(Supply):
         self._last: dict[int, int] = {}  # shard → the last batch, of those looked at, that needs it
         self._holds: dict[int, Hold] = {}
         self._bytes = 0
+        self._all_fit = False  # and none is let go of
         self._begins = True  # until all that is wanted has come for the first time
         self._under_way = 0
         self._changed = threading.Condition()
@@ -79,6 +81,8 @@ class ShardSupply(Supply):
     def advance(self) -> None:
         with self._changed:
             self._used += 1
+            if self._all_fit:
+                return
             for shard in [shard for shard, last in self._last.items() if last < self._used]:
                 self._drop(shard)
             self._changed.notify_all()
@@ -110,9 +114,8 @@ class ShardSupply(Supply):
             step += 1
             if step == first + _AT_FIRST:
                 planned.set()
-            if len(self._last) == len(self._shards.stored):  # all of it fits
-                with self._changed:
-                    self._last = dict.fromkeys(self._last, 2**62)
+            if len(self._last) == len(self._shards.stored):
+                self._all_fit = True
                 break
         planned.set()
 
@@ -155,8 +158,10 @@ class ShardSupply(Supply):
             except Lost as error:
                 state, why = LOST, str(error.strerror)
                 self._shards.lost[shard] = why
-            except (NoRoom, DataError, OSError):
-                pass  # whoever reads its images alone is told whatever has to be
+            except (NoRoom, OSError) as error:
+                self._shards.say_alone(shard, str(error))
+            except DataError:
+                pass  # whoever reads its images alone meets it, and says so
             with self._changed:
                 self._shards.board.set(shard, state, why)
                 self._under_way -= 1

@@ -26,7 +26,7 @@ from reco_fast.pipelines.stores.where import Stores
 from reco_fast.settings.config import Config, DataConfig
 from reco_fast.settings.terminal import say
 
-DEFAULT = DataConfig()
+AS_USUAL = DataConfig()
 
 
 class LabelledData(NamedTuple):
@@ -73,7 +73,7 @@ def open_images(path: str, data: DataConfig, rules: Rules = NOW) -> ImageSource:
 
 
 def open_labelled(
-    train: ImageSource, val_path: str, flag: str = "--data.path", instead: str = "", data: DataConfig = DEFAULT
+    train: ImageSource, val_path: str, flag: str = "--data.path", instead: str = "", data: DataConfig = AS_USUAL
 ) -> LabelledData:
     """Both sources with the classes matched by name; `flag`: that named the first; `instead`: what to do where it has
     no labels; `data`: how those of a store are kept. Raises ConfigError where there are none or they differ."""

@@ -1,5 +1,7 @@
 """The order in blocks: what makes up a batch where shards are fetched whole."""
 
+import sys
+import threading
 from itertools import pairwise
 
 import numpy as np
@@ -75,6 +77,30 @@ def test_a_window_is_permuted_as_one_and_the_next_begins_when_it_ends() -> None:
     assert [set((later[first : first + 200] // 50).tolist()) for first in range(0, 800, 200)] != [
         set(window.tolist()) for window in windows
     ]
+
+
+def test_threads_may_ask_at_the_same_time() -> None:
+    """One reads, one fetches ahead: neither takes an epoch away from the other."""
+    asked, expected = (
+        TrainingOrder(8, 8, seed=1),
+        [TrainingOrder(8, 8, seed=1).batch(n)[1].tolist() for n in range(300)],
+    )
+    found: list[list[list[int]]] = [[] for _ in range(8)]
+
+    def ask(mine: list[list[int]]) -> None:
+        mine.extend(asked.batch(step)[1].tolist() for step in range(300))
+
+    threads = [threading.Thread(target=ask, args=(mine,)) for mine in found]
+    switched = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(switched)
+    assert found == [expected] * 8
 
 
 def test_uniform_where_one_window_holds_all() -> None:

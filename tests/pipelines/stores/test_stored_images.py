@@ -282,6 +282,8 @@ def test_a_full_disk_costs_time_alone(
     monkeypatch.setattr(shard_cache, "_on_disk", full)
     expected = streamed("torch", local(web), blocks(there), 12)
     assert all(torch.equal(a, b) for a, b in zip(streamed("torch", there, blocks(there), 12), expected, strict=True))
+    (line,) = there.notices.lines(there.names).values()
+    assert line.endswith("its shard is not in the cache, the disk of the cache is full: read alone")
 
 
 def test_hosts_fetch_the_shards_of_their_lanes(opened: Callable[..., ImageSource], web: HttpServer) -> None:
