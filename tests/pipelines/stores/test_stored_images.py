@@ -19,6 +19,8 @@ from reco_fast.pipelines.order import BlockOrder, EvaluationOrder, TrainingOrder
 from reco_fast.pipelines.sources.image_source import ImageSource, Supply
 from reco_fast.pipelines.sources.open import open_source
 from reco_fast.pipelines.stores import shard_cache, store, stored_images
+from reco_fast.pipelines.stores.shard_cache import NoRoom, ShardCache, StoredShard
+from reco_fast.pipelines.stores.store import Stat
 from reco_fast.pipelines.stores.where import Stores
 
 SHARDS, IMAGES = 6, 10
@@ -197,6 +199,9 @@ def test_uniform_order_with_room_for_all_reads_alone_until_they_are_there(
             time.sleep(0.01)
         web.forget()
         batches = [next(loader) for _ in range(12)]
+        other = ShardCache(tmp_path / "cache", there.cache.limit // 100 * SHARDS)
+        with pytest.raises(NoRoom):  # all that is there is kept for the next epochs
+            other.fetch(StoredShard(f"{web.url}/other.tar", Stat(other.limit, "")))
     assert web.requests == 0
     expected = streamed("torch", local(web), order, 13, workers=0)
     mine = [part for batch in (first, *batches) for part in (*batch.views, batch.indices)]
