@@ -167,7 +167,7 @@ def test_in_blocks_shards_are_fetched_whole_and_once_an_epoch(
 def test_an_evaluation_fetches_whole_shards_too(
     kind: Any, opened: Callable[..., ImageSource], web: HttpServer, tmp_path: Path
 ) -> None:
-    there = opened(shards=8)
+    there = opened(shards=20)  # of which an evaluation may have six
     web.forget()
     order = EvaluationOrder(len(there), 8)
     assert order.steps is not None
@@ -187,11 +187,21 @@ def test_few_images_of_many_are_read_alone(opened: Callable[..., ImageSource], w
         assert type(there.supply(each, 0)) is Supply, "which fetches nothing"
 
 
+class Counted(TrainingOrder):
+    """An order that says how often it was asked."""
+
+    asked = 0
+
+    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        self.asked += 1
+        return super().batch(step)
+
+
 def test_uniform_order_with_room_for_all_reads_alone_until_they_are_there(
     opened: Callable[..., ImageSource], web: HttpServer, tmp_path: Path
 ) -> None:
     there = opened()
-    order = TrainingOrder(len(there), 6, seed=3)
+    order = Counted(len(there), 6, seed=3)
     with open_loader("torch", there, tiny(), order, device="cpu", seed=7, workers=0) as loader:
         first = next(loader)
         until = time.monotonic() + 10
@@ -202,6 +212,7 @@ def test_uniform_order_with_room_for_all_reads_alone_until_they_are_there(
         other = ShardCache(tmp_path / "cache", there.cache.limit // 100 * SHARDS)
         with pytest.raises(NoRoom):  # all that is there is kept for the next epochs
             other.fetch(StoredShard(f"{web.url}/other.tar", Stat(other.limit, "")))
+    assert order.asked < 13 + 30, "what fetches goes on looking ahead where nothing is left to be fetched"
     assert web.requests == 0
     expected = streamed("torch", local(web), order, 13, workers=0)
     mine = [part for batch in (first, *batches) for part in (*batch.views, batch.indices)]
