@@ -300,16 +300,19 @@ def old(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("which", ["student", "teacher"])
-def test_a_run_goes_on_from_another(old: Path, images: Path, tmp_path: Path, which: str) -> None:
+def test_a_run_goes_on_from_another(
+    old: Path, images: Path, tmp_path: Path, which: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     extra = ("--model.init", str(old), "--model.init-which", which, "--data.image-size", "32")
-    lines: list[dict[str, Any]] = []
-    train.train(*train.parse(arguments(images, tmp_path / "new", *extra)), lines.append)
+    train.train(*train.parse(arguments(images, tmp_path / "new", *extra)))
+    said = capsys.readouterr().out.splitlines()
     config, encoder = load_run(old, which)
     started_from, student = initial_student(train.parse(arguments(images, tmp_path / "other", *extra))[0])
     assert student is not None
     for name, value in student.state_dict().items():
         assert torch.equal(value, encoder.state_dict()[name]), name
     assert student.notes[0].endswith("; the projector too")
+    assert all(note in said for note in student.notes)
     recorded = json.loads((tmp_path / "new" / "config.json").read_text())
     assert recorded["data"]["mean"] == [0.3, 0.4, 0.5] == list(config.data.mean or ())
     assert recorded["data"]["std"] == [0.2, 0.25, 0.3]
