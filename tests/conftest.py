@@ -1,6 +1,7 @@
 """Shared fixtures, and `pytest --benchmark`: plain `pytest` runs every check without timing."""
 
 import functools
+import gc
 import os
 import subprocess
 import sys
@@ -47,6 +48,13 @@ def import_this_checkout() -> None:
     found = subprocess.run([sys.executable, "-c", spec], cwd="/", capture_output=True, text=True, check=True).stdout
     if Path(found.strip()) != ROOT / "reco_fast" / "__init__.py":
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_collections() -> None:
+    """No collection of garbage goes through what earlier files have imported, close to a million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
