@@ -127,8 +127,9 @@ PRESETS: dict[str, tuple[Config, str]] = {
         torchrun --standalone --nproc-per-node 4 -m reco_fast.train vit-small --data.path imagenet/train
 
         Its 100 epochs are not yet run to their end. At 32 px with patches of 4 px, on 5,000 CIFAR-10 images (JPEG), two
-        cores of an AMD EPYC (torch 2.14, 2026-11-28): 21 images/s, kNN top-1 from 26.1 to 27.6 % in 8 epochs, 31
-        minutes. ViT-Tiny, 53 minutes of one core, 20 epochs: from 25.8 to 33.9 % (docs/weights.md, with the flags).
+        cores of an Intel Xeon (torch 2.14, 2026-11-28), batches of 64, --optim.lr 0.001: 27 images/s, kNN top-1 from
+        26.1 to 28.9 % in 8 epochs, 25 minutes. ViT-Tiny, 53 minutes of one core, 20 epochs: from 25.8 to 33.9 %
+        (docs/weights.md, with the flags).
         It is meant for a GPU, where it has not run.""",
     ),
     "imagenet100": (
